@@ -1,0 +1,37 @@
+"""Random numbers keyed by (seed, k): the k-th standard normal draw of one picture, whatever else is in the batch.
+
+Each picture has its own generator on the CPU, so its noise depends neither on the device, nor on the batch it is in,
+nor on its place there. k = 0 is the start; k = 1, 2, … are the draws of a stochastic scheduler, one for each step. This
+is the stream that diffusers draws from when it is given a list of CPU generators, one for each picture.
+"""
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Noise = Callable[[int], Tensor]     # k → (N, C, h, w)
+
+
+def seeded(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Noise:
+    """A function k → noise (N, *shape), float32 on `device`, for N seeds (integers in [0, 2⁶⁴)).
+
+    It is pure: the same k always gives the same numbers. Asking in rising order costs nothing; going back replays the
+    stream from its start. (PyTorch's CPU generator rounds the same float32 numbers when asked for float16, so a
+    diffusers run in float16 starts from this noise too.)
+    """
+    generators: list[torch.Generator] = []
+    drawn = 0
+
+    def draw() -> list[Tensor]:
+        return [torch.randn(shape, generator=generator) for generator in generators]
+
+    def noise(k: int) -> Tensor:
+        nonlocal drawn, generators
+        if not generators or k < drawn:
+            generators, drawn = [torch.Generator().manual_seed(seed) for seed in seeds], 0
+        while drawn < k:
+            draw()
+            drawn += 1
+        drawn += 1
+        return torch.stack(draw()).to(device)
+    return noise
