@@ -1,0 +1,163 @@
+"""From a model's name to the folder with its files: a local folder, or a repository in the Hub's cache.
+
+The cache comes first: a snapshot with all we need is used without asking the Hub. So loading is immediate and
+works offline, a model whose repository was deleted goes on working, and files do not change under a seed. A
+newer version comes with `hf download NAME`, or with `revision=`.
+"""
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from .read import choose, file_names, read_json, shards, variants
+
+# What we read of a pipeline; a repository has more (safety checker, Flax, ONNX, single-file checkpoints).
+WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+SMALL_FILES  = ["model_index.json", *(f"{part}/config.json" for part in WITH_WEIGHTS), "scheduler/*.json",
+                "tokenizer/*.json", "tokenizer/*.txt", "tokenizer_2/*.json", "tokenizer_2/*.txt"]
+TIMEOUT = 10    # seconds until the Hub counts as out of reach
+
+
+def find(name: str | Path, *, revision: str | None = None, variant: str | None = None) -> Path:
+    """The local folder of a pipeline in Hugging Face layout (`model_index.json`, `unet/`, `vae/` …).
+
+    name:     a folder, which is returned as it is, without any use of the network; or the id of a repository
+              on the Hub ("organisation/model"), whose files are downloaded as far as the cache lacks them.
+    revision: branch, tag or commit of a repository.
+    variant:  the set of weights that is wanted, "fp16" say. A component without it gives its plain weights.
+
+    FileNotFoundError: no such folder, repository or revision, or not a pipeline. ValueError: no component has
+    the variant. PermissionError: a gated repository. ConnectionError: the download failed.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for repositories on the Hub; {folder} is a folder")
+        read_json(folder / "model_index.json")
+        files = [f"{part}/{file}" for part in WITH_WEIGHTS for file in file_names(folder / part)]
+        _require_variant(folder, files, variant)
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} is a file. Give the folder of a pipeline (with model_index.json)")
+    if isinstance(name, Path) or not _is_hub_id(name):
+        raise FileNotFoundError(f"There is no folder {folder.absolute()} (and {str(name)!r} cannot be on the "
+                                'Hub, whose names read "organisation/model")')
+
+    cached = _in_cache(name, revision)
+    have   = _complete(cached, variant) if cached else None
+    if cached and have is not None and have <= {variant}:
+        return cached
+    try:
+        return _download(name, revision, variant)
+    except OSError:
+        if cached and have is not None and variant in have:     # complete, if not all of it in the variant
+            return cached
+        raise
+
+
+def wanted(name: str, listing: Collection[str], variant: str | None) -> list[str]:
+    """What to download, from the listing of a repository: the small files, one set of weights per component.
+
+    FileNotFoundError: not a pipeline, or a component without weights for us. ValueError: no such variant.
+    """
+    for needed in ("model_index.json", "unet/config.json", "vae/config.json"):
+        if needed not in listing:
+            raise FileNotFoundError(f"{name} is not a pipeline of U-Net and autoencoder in Hugging Face layout: "
+                                    f"no {needed}, but {', '.join(sorted(listing)[:12]) or 'nothing'}")
+    _require_variant(name, listing, variant)
+    files = [path for path in listing if any(fnmatchcase(path, pattern) for pattern in SMALL_FILES)]
+    for part in WITH_WEIGHTS:
+        if names := _inside(listing, part):
+            weights = choose(names, variant)
+            if weights is None:
+                raise FileNotFoundError(f"{name} has neither safetensors nor .bin weights in {part}/, but "
+                                        f"{', '.join(sorted(names)[:12])}")
+            files += [f"{part}/{file}" for file in (weights.main, *weights.shards)]
+    return files
+
+
+def _download(name: str, revision: str | None, variant: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _explained(name, revision):
+        siblings = HfApi().model_info(name, revision=revision, timeout=TIMEOUT).siblings or []
+    files = wanted(name, [file.rfilename for file in siblings], variant)
+    with _explained(name, revision):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    if missing := [file for file in files if not (folder / file).is_file()]:    # the Hub went away meanwhile
+        raise ConnectionError(f"The download of {name} was cut off: {folder} lacks {missing[0]}. Try again")
+    return folder
+
+
+def _in_cache(name: str, revision: str | None) -> Path | None:
+    """The cached snapshot of this revision, unless huggingface_hub knows that small files are missing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True,
+                                      allow_patterns=SMALL_FILES))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _complete(folder: Path, variant: str | None) -> set[str | None] | None:
+    """The variants of the weights in a snapshot, where `variant` is preferred; None if some are missing."""
+    have = set()
+    try:
+        for part, kind in read_json(folder / "model_index.json").items():
+            if part in WITH_WEIGHTS and kind != [None, None]:           # [null, null]: a part left out
+                weights = choose(file_names(folder / part), variant)
+                if weights is None:
+                    return None
+                if weights.main.endswith(".json"):
+                    shards(folder / part / weights.main)
+                have.add(weights.variant)
+    except FileNotFoundError:
+        return None
+    return have
+
+
+def _require_variant(where: str | Path, listing: Collection[str], variant: str | None) -> None:
+    found = {part: variants(_inside(listing, part)) for part in WITH_WEIGHTS}
+    if variant is not None and not any(variant in names for names in found.values()):
+        there = "; ".join(f"{part}: {', '.join(sorted(names))}" for part, names in found.items() if names)
+        raise ValueError(f"No component of {where} has weights of variant {variant!r}, only "
+                         f"{f'plain ones and {there}' if there else 'plain ones: leave variant out'}")
+
+
+def _inside(listing: Collection[str], folder: str) -> list[str]:
+    parts = [path.split("/") for path in listing]
+    return [part[1] for part in parts if part[0] == folder and len(part) == 2]
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+@contextmanager
+def _explained(name: str, revision: str | None) -> Iterator[None]:
+    """Turns the errors of huggingface_hub and of the HTTP library under it into one that says what to do."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{name}"
+    try:
+        yield
+    except errors.GatedRepoError as error:          # a kind of RepositoryNotFoundError, hence first
+        raise PermissionError(f"{name} is gated: accept its terms on {page}, then `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"There is no repository {page} (or it is private: `hf auth login`), and no "
+                                f"folder {Path(name).absolute()}") from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{page} has no branch, tag or commit {revision!r}") from error
+    except Exception as error:                      # offline, no connection, a proxy, a full disk …
+        raise ConnectionError(f"{name} is not complete in the cache {constants.HF_HUB_CACHE} and could not "
+                              f"be downloaded ({type(error).__name__}: {error}). Check the connection, or "
+                              "give a local folder") from error

@@ -1,0 +1,170 @@
+"""Reading checkpoint files: JSON, the choice of the weight files in a folder, the tensors in them.
+
+A component (`unet/`, `vae/`, `text_encoder/` …) keeps its tensors in one file, or in several *shards* with an
+index that says which tensor is in which. A *variant* is a second set beside the first, `fp16` or `non_ema`.
+Its name stands before the last extension; shards and their index have a new spelling and an old one:
+
+                 plain                               variant fp16
+    one file     model.safetensors                   model.fp16.safetensors
+    index        model.safetensors.index.json        model.safetensors.index.fp16.json            (new)
+                                                     model.safetensors.fp16.index.json            (old)
+    shard        model-00001-of-00002.safetensors    model.fp16-00001-of-00002.safetensors        (new)
+                                                     model-00001-of-00002.fp16.safetensors        (old)
+"""
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# How the names begin: diffusers' (U-Net, VAE), then transformers' (text encoder). Safetensors come first.
+STEMS  = {"safetensors": ("diffusion_pytorch_model", "model"),
+          "bin":         ("diffusion_pytorch_model", "pytorch_model")}
+NUMBER = r"-\d+-of-\d+"
+
+
+class Weights(NamedTuple):
+    """One set of weights among the files of a folder."""
+    main: str               # the weight file, or the index of the shards
+    shards: list[str]       # the shards beside an index
+    variant: str | None
+
+
+def choose(names: Collection[str], variant: str | None) -> Weights | None:
+    """The weights to read among these files: the variant before the plain set, safetensors before `.bin`."""
+    for v in dict.fromkeys((variant, None)):
+        dot = f".{v}" if v else ""
+        for end, stems in STEMS.items():
+            for stem in stems:
+                single  = f"{stem}{dot}.{end}"
+                indices = f"{stem}.{end}.index{dot}.json", f"{stem}.{end}{dot}.index.json"
+                shard   = re.compile(rf"{stem}({re.escape(dot)}{NUMBER}|{NUMBER}{re.escape(dot)})\.{end}")
+                if single in names:
+                    return Weights(single, [], v)
+                for index in indices:
+                    if index in names:
+                        return Weights(index, sorted(filter(shard.fullmatch, names)), v)
+    return None
+
+
+def variants(names: Collection[str]) -> set[str]:
+    """The variants of which a folder with these files has weights: {"fp16", "non_ema"}, say."""
+    stems   = "|".join(stem for stems in STEMS.values() for stem in stems)
+    pattern = re.compile(rf"({stems})({NUMBER})?\.(?P<variant>[^.]+?)({NUMBER})?\.({'|'.join(STEMS)})")
+    return {match["variant"] for match in map(pattern.fullmatch, names) if match}
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files with the tensors of the component in `folder`: one, or all shards of an index.
+
+    A component without the wanted variant gives its plain weights and a warning. FileNotFoundError: no
+    weights, or missing shards. ValueError: an index that is damaged or points out of the folder.
+    """
+    weights = choose(file_names(folder), variant)
+    if weights is None:
+        wish = f" of variant {variant!r} or plain" if variant else ""
+        raise FileNotFoundError(f"{folder} has no weights{wish} (safetensors or .bin). {_listing(folder)}")
+    if weights.variant != variant:
+        warnings.warn(f"{folder.name} has no {variant!r} weights: {weights.main} is read", stacklevel=2)
+    file = folder / weights.main
+    return shards(file) if file.suffix == ".json" else [file]
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index names. FileNotFoundError: some are missing. ValueError: no index, or a trap."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
+        raise ValueError(f'{index} is not an index of weights: it has no "weight_map" from tensors to files')
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if re.search(r"[/\\]", name) or name in ("", ".", "..")]:
+        raise ValueError(f"{index} names {outside[0]!r}, which is not a file beside it: refused. Download it "
+                         "again, from a source you trust")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, named in {index.name} "
+                                f"({len(names)} shards in all): download the folder again")
+    return [index.parent / name for name in names]
+
+
+def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors of the files by name, on the CPU, mapped into memory: bytes are read when they are used.
+
+    `.bin` files from before PyTorch 1.6 cannot be mapped and are read whole. Only tensors are ever unpickled.
+    ValueError: a truncated file, a Git LFS pointer, a file of something else.
+    """
+    state: dict[str, Tensor] = {}
+    for file in files:
+        _refuse_lfs_pointer(file)
+        state |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    return state
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}      # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(_damaged(file, error)) from error
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    with file.open("rb") as stream:
+        zipped = stream.read(2) == b"PK"                    # since PyTorch 1.6
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        if match := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{file} holds more than tensors ({match[1]}), and unpickling that may run any "
+                             "code: refused. Use a safetensors file") from error
+        raise ValueError(_damaged(file, error)) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file} does not hold a dictionary of tensors, so not the weights of a component")
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. FileNotFoundError, or ValueError if the file is damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. {_listing(path.parent)}")
+    _refuse_lfs_pointer(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(_damaged(path, error)) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object {{…}}, but holds a {type(value).__name__}")
+    return value
+
+
+def file_names(folder: Path) -> set[str]:
+    """The names of the files in a folder (a link to nowhere is none); empty if there is no such folder."""
+    return {path.name for path in folder.glob("*") if path.is_file()}
+
+
+def _refuse_lfs_pointer(file: Path) -> None:
+    with file.open("rb") as stream:
+        if stream.read(24) == b"version https://git-lfs.":
+            raise ValueError(f"{file} is not the file itself but a Git LFS pointer of {file.stat().st_size} "
+                             "bytes: run `git lfs pull` in its repository, or download the file again")
+
+
+def _damaged(file: Path, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    size   = file.stat().st_size
+    return f"{file} ({size:,} bytes) is truncated or not what it should be ({reason}): download it again"
+
+
+def _listing(folder: Path) -> str:
+    """What is in a folder, for error messages."""
+    if not folder.is_dir():
+        return f"There is no folder {folder}"
+    names = sorted(path.name for path in folder.iterdir())
+    other = ", ".join(sorted(variants(names)))
+    return (f"In the folder: {', '.join(names[:12]) or 'nothing'}{' …' if len(names) > 12 else ''}"
+            f"{f'. Variants: {other}' if other else ''}")
