@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-# ᾱ at a terminal SNR of zero: 0 would be σ = ∞. The same floor as diffusers (float16's smallest number): σ = 4096.
-_SMALLEST_ALPHA_BAR = 2.0**-24
+# What stands for ᾱ = 0 (a terminal SNR of zero), where σ would be ∞: float16's smallest number, as in diffusers; σ = 4096.
+_ALPHA_BAR_FOR_ZERO = 2.0**-24
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,8 @@ class NoiseSchedule:
         betas = np.array(self.betas, dtype=np.float64)     # a copy, so that freezing it cannot surprise the caller
         if betas.ndim != 1 or len(betas) < 2 or not np.all((betas >= 0) & (betas <= 1)):
             raise ValueError("NoiseSchedule: betas must be a list of at least two numbers between 0 and 1.")
-        table = np.sqrt(1 / np.maximum(np.cumprod(1 - betas), _SMALLEST_ALPHA_BAR) - 1)
+        alpha_bar = np.cumprod(1 - betas)
+        table = np.sqrt(1 / np.where(alpha_bar > 0, alpha_bar, _ALPHA_BAR_FOR_ZERO) - 1)
         if not np.all(np.diff(table) > 0):
             raise ValueError("NoiseSchedule: these betas do not make σ grow from step to step; they cannot be inverted.")
         betas.flags.writeable = table.flags.writeable = False

@@ -80,10 +80,13 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
 def _batch(prompt: str | Sequence[str], negative: str | Sequence[str], seed: int | Sequence[int],
            num_images: int) -> tuple[list[str], list[str], list[int]]:
     """One prompt, one negative prompt and one seed for each picture."""
+    for name, texts in (("prompt", prompt), ("negative_prompt", negative)):
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{name} is a text, or a list of texts; got {texts!r}.")
     prompts   = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-    if not prompts or not all(isinstance(text, str) for text in prompts + negatives):
-        raise TypeError(f"prompt and negative_prompt are texts, or lists of texts; got {prompt!r} and {negative!r}.")
+    if not prompts:
+        raise ValueError("prompt is an empty list: there is nothing to make.")
     if len(negatives) != len(prompts):
         raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each.")
     if num_images < 1:

@@ -1,0 +1,217 @@
+"""ldm.sample from end to end: against diffusers, against itself, and with arguments that make no sense."""
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+import torch
+
+import ldm
+from ldm.schedulers import SCHEDULERS
+
+QUICK = {"steps": 3, "spacing": "trailing", "height": 64, "width": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> ldm.Pipeline:
+    return ldm.load(folder, device="cpu")
+
+
+def pixels(*args, **kwargs) -> np.ndarray:
+    return ldm.sample(*args, **{**QUICK, "output_type": "np", **kwargs})
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_same_seed_same_picture_as_diffusers(folder, name):
+    assert tiny.picture_difference(folder, name) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler_a", "heun", "dpmpp_2m"])
+def test_same_picture_as_diffusers_with_v_prediction(tmp_path, name):
+    assert tiny.picture_difference(tiny.write(tmp_path / "v", prediction="v_prediction"), name) < 1e-4
+
+
+def test_same_picture_as_diffusers_with_rescaled_guidance(folder, pipe):
+    ours   = pixels("a red cat", pipe, scheduler="ddim", spacing=None, steps=5, guidance_rescale=0.7, seed=3)
+    theirs = tiny.their_pictures(folder, "ddim", [3], prompt="a red cat", num_inference_steps=5, guidance_rescale=0.7,
+                                 height=64, width=64)
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_default_scheduler_steps_and_size_come_from_the_model(folder, pipe):
+    assert (pipe.defaults.scheduler, pipe.defaults.steps, pipe.defaults.guidance_scale) == ("pndm", 50, 7.5)
+    states: list[int] = []
+    ours = ldm.sample("a cat", pipe, output_type="np", callback=lambda step, x, x0: states.append(step))
+    assert states == list(range(1, 51))
+    assert ours.shape == (1, 64, 64, 3)
+    assert np.abs(ours - tiny.their_pictures(folder, "pndm", [0], prompt="a cat")).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["pndm", "euler_a", "dpmpp_2m_sde"])
+def test_a_picture_of_a_batch_is_the_same_alone(pipe, name):
+    batch = pixels("a cat", pipe, scheduler=name, seed=4, num_images=3)
+    for i in range(3):
+        np.testing.assert_allclose(pixels("a cat", pipe, scheduler=name, seed=4 + i), batch[i:i + 1], atol=1e-5)
+    np.testing.assert_allclose(pixels("a cat", pipe, scheduler=name, seed=[6, 4], num_images=2), batch[[2, 0]], atol=1e-5)
+    assert np.abs(batch[0] - batch[1]).max() > 0.05
+
+
+def test_lists_of_prompts_and_negative_prompts(pipe):
+    both = pixels(["a cat", "the dog"], pipe, negative_prompt=["x", "yy"], num_images=2, seed=10)
+    for i, (prompt, negative) in enumerate([("a cat", "x"), ("a cat", "x"), ("the dog", "yy"), ("the dog", "yy")]):
+        np.testing.assert_allclose(pixels(prompt, pipe, negative_prompt=negative, seed=10 + i), both[i:i + 1], atol=1e-5)
+    assert np.abs(pixels("the dog", pipe, negative_prompt="yy", seed=0)
+                  - pixels("a cat", pipe, negative_prompt="x", seed=0)).max() > 1e-4
+
+
+def test_output_types_show_the_same_picture(pipe):
+    latent = pixels("a cat", pipe, output_type="latent")
+    assert latent.shape == (1, 4, 8, 8)
+    expected = (pipe.decode(latent) / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(pixels("a cat", pipe, output_type="pt"), expected)
+    array = pixels("a cat", pipe)
+    np.testing.assert_array_equal(array, expected.permute(0, 2, 3, 1).numpy())
+    image, = pixels("a cat", pipe, output_type="pil")
+    assert isinstance(image, PIL.Image.Image)
+    np.testing.assert_array_equal(np.asarray(image), (array[0] * 255).round())
+
+
+def test_callback_sees_the_state_and_the_estimate_of_each_step(pipe):
+    seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    latent = pixels("a cat", pipe, scheduler="dpmpp_2m", output_type="latent", callback=lambda *args: seen.append(args))
+    assert [step for step, _, _ in seen] == [1, 2, 3]
+    assert torch.equal(seen[-1][1], latent)                         # the last step ends at σ = 0 …
+    assert torch.equal(seen[-1][2], latent)                         # … where a step of first order is x₀ itself
+    # The first step is of first order too: from the start towards x₀, by the ratio of the σ's.
+    sigmas = pipe.schedule.sigmas(3, "trailing")
+    start  = (1 + sigmas[0]**2) ** 0.5 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(seen[0][1], seen[0][2] + sigmas[1] / sigmas[0] * (start - seen[0][2]))
+
+
+def test_a_callback_can_stop_the_run(pipe):
+    def stop(step, x, x0):
+        if step == 2:
+            raise StopIteration("enough")
+    with pytest.raises(StopIteration, match="enough"):
+        pixels("a cat", pipe, callback=stop)
+
+
+def test_scale_of_one_asks_neither_for_a_negative_prompt_nor_twice(pipe):
+    import dataclasses
+    texts, batches = [], []
+
+    def text(prompts):
+        texts.append(list(prompts))
+        return pipe.text(prompts)
+
+    def unet(x, *rest):
+        batches.append(len(x))
+        return pipe.unet(x, *rest)
+
+    counting = dataclasses.replace(pipe, text=text, unet=unet)
+    pixels("a cat", counting, guidance_scale=1, scheduler="euler")
+    assert (texts, batches) == ([["a cat"]], [1, 1, 1])
+    pixels("a cat", counting, guidance_scale=2, negative_prompt="b", scheduler="euler")
+    assert (texts[1:], batches[3:]) == ([["a cat"], ["b"]], [2, 2, 2])
+
+
+def test_guidance_interval_saves_calls_outside(pipe):
+    import dataclasses
+    batches = []
+
+    def unet(x, *rest):
+        batches.append(len(x))
+        return pipe.unet(x, *rest)
+
+    pixels("a cat", dataclasses.replace(pipe, unet=unet), sigmas=[10, 5, 1, 0], steps=None, spacing=None,
+           scheduler="euler", guidance_interval=(2, 8))
+    assert batches == [1, 2, 1]
+
+
+def test_a_scheduler_of_ones_own(pipe):
+    def my_euler(denoise, x, sigmas):
+        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+            x = x + (following - sigma) * (x - denoise(x, sigma)) / sigma
+            yield x
+    np.testing.assert_allclose(pixels("a cat", pipe, scheduler=my_euler),
+                               pixels("a cat", pipe, scheduler=ldm.schedulers.euler), atol=1e-6)
+
+
+def test_sigmas_and_timesteps_of_ones_own(pipe):
+    times = [999, 500, 100]
+    by_time  = pixels("a cat", pipe, timesteps=times, steps=None, spacing=None)
+    by_sigma = pixels("a cat", pipe, sigmas=[*map(pipe.schedule.sigma, times), 0], steps=None, spacing=None)
+    np.testing.assert_array_equal(by_time, by_sigma)
+    assert np.abs(by_time - pixels("a cat", pipe)).max() > 1e-4
+
+
+def test_options_reach_the_scheduler(pipe):
+    plain = pixels("a cat", pipe, scheduler="ddim")
+    assert np.abs(plain - pixels("a cat", pipe, scheduler="ddim", scheduler_options={"eta": 1.0})).max() > 1e-3
+    np.testing.assert_array_equal(plain, pixels("a cat", pipe, scheduler="ddim", scheduler_options={"eta": 0.0}))
+
+
+def test_any_multiple_of_eight_is_a_size(pipe):
+    assert pixels("a cat", pipe, height=72, width=8).shape == (1, 72, 8, 3)
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), [
+    ({"height": 100},                            ValueError, "multiple of 8: take 96 or 104"),
+    ({"width": 4},                               ValueError, "multiple of 8: take 8"),
+    ({"seed": -1},                               ValueError, "seed is -1"),
+    ({"seed": [1, 2]},                           ValueError, "one for each of the 1 pictures"),
+    ({"prompt": 3},                              TypeError,  "prompt is a text, or a list of texts; got 3"),
+    ({"negative_prompt": None},                  TypeError,  "negative_prompt is a text"),
+    ({"prompt": []},                             ValueError, "empty list"),
+    ({"negative_prompt": ["a", "b"]},            ValueError, "2 negative prompts for 1 prompts"),
+    ({"num_images": 0},                          ValueError, "num_images is 0"),
+    ({"scheduler": "nope"},                      ValueError, "no scheduler 'nope'; there are ddim"),
+    ({"steps": 0},                               ValueError, "steps is 0"),
+    ({"steps": 1001},                            ValueError, "the model knows 1000 times"),
+    ({"spacing": "nope"},                        ValueError, "spacing is 'nope'; there are 'leading'"),
+    ({"sigmas": [1, 0]},                         ValueError, "Give either steps"),
+    ({"sigmas": [1, 2], "steps": None, "spacing": None}, ValueError, "falling"),
+    ({"timesteps": [1, 2], "steps": None, "spacing": None}, ValueError, "falling"),
+    ({"output_type": "jpeg"},                    ValueError, "output_type is 'jpeg'"),
+])
+def test_arguments_that_make_no_sense(pipe, arguments, error, words):
+    with pytest.raises(error, match=words):
+        pixels(**{"prompt": "a cat", "model": pipe, **arguments})
+
+
+def test_few_steps_with_leading_spacing_are_warned_of(pipe):
+    with pytest.warns(UserWarning, match="starts at σ = 1.62 instead of 14.61"):
+        pixels("a cat", pipe, steps=2, spacing="leading")
+
+
+def test_an_inpainting_model_says_what_it_is(tmp_path):
+    with pytest.raises(ValueError, match="9 input channels"):
+        pixels("a cat", tiny.write(tmp_path / "inpaint", in_channels=9))
+
+
+def test_out_of_memory_comes_with_advice(pipe):
+    import dataclasses
+
+    def hungry(*_):
+        raise torch.OutOfMemoryError("tried to allocate 7 GiB")
+    with pytest.raises(torch.OutOfMemoryError, match=r"1 picture\(s\).*float16.*7 GiB"):
+        pixels("a cat", dataclasses.replace(pipe, unet=hungry))
+
+
+def test_a_gradient_flows_through_a_whole_run_made_by_hand(pipe):
+    cond, uncond = pipe.text(["a cat"]), pipe.text([""])
+    context  = cond.context.detach().requires_grad_()
+    denoiser = ldm.Denoiser(pipe.unet, pipe.schedule, pipe.prediction)
+    denoise  = ldm.guidance.classifier_free(denoiser, ldm.Conditioning(context), uncond, 5.0)
+    sigmas   = pipe.schedule.sigmas(3)
+    start    = (sigmas[0] * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    *_, x    = ldm.schedulers.dpm_solver_pp(denoise, start, sigmas)
+    for gradient in torch.autograd.grad(pipe.decode(x).square().mean(), [start, context]):
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() > 0
