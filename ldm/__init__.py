@@ -34,7 +34,8 @@ _MODULE_OF = {
 def __getattr__(name: str) -> Any:
     """A public name on its first use (PEP 562): import its module, then keep the name here."""
     if name not in __all__:
-        raise AttributeError(f"module 'ldm' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+        raise AttributeError(f"module 'ldm' has no attribute {name!r}; "
+                             f"its public names are {', '.join(__all__)}")
     module          = import_module(f"ldm.{_MODULE_OF.get(name, name)}")
     globals()[name] = getattr(module, name) if name in _MODULE_OF else module
     return globals()[name]

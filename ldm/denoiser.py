@@ -1,7 +1,8 @@
 """From a network to a denoiser: the only place for c_in, for t(σ), for ε / v / x₀, and for casts.
 
-A network F was trained on variance-preserving inputs x_vp = x/√(1+σ²) at times t. A sampler wants one function:
-given x = x₀ + σ·ε, what is x₀? That is D(x; σ) in EDM (Karras et al. 2022, Eq. 7; its Table 1, column "VP").
+A network F was trained on variance-preserving inputs x_vp = x/√(1+σ²) at times t. A sampler wants one
+function: given x = x₀ + σ·ε, what is x₀? That is D(x; σ) in EDM (Karras et al. 2022, Eq. 7, and for
+prediction "epsilon" the column "VP" of Table 1).
 
     prediction        the network's output F                      D(x; σ)
     "epsilon"         ε                                           x − σ·F
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .noise_schedule import NoiseSchedule
 
-Denoise = Callable[[Tensor, float], Tensor]     # what a scheduler sees: (x, σ) → x̂₀, the conditioning is bound
+Denoise = Callable[[Tensor, float], Tensor]     # what a scheduler sees: (x, σ) → x̂₀, conditioning bound
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -28,7 +29,8 @@ class Conditioning:
 
     context: (N, S, D) states of the text encoder.
     vector:  (N, V) for SDXL, else None.
-    concat:  (N, C, h, w) channels joined to the scaled x: mask and masked latents of inpainting models, else None.
+    concat:  (N, C, h, w) channels joined to the scaled x, the mask and the masked latents of an inpainting
+             model, else None.
     """
     context: Tensor
     vector: Tensor | None = None
@@ -45,7 +47,8 @@ class Conditioning:
             if all(value is None for value in values):
                 return None
             if any(value is None for value in values):
-                raise ValueError(f"Some conditionings have `{name}` and some have not; they cannot share a batch.")
+                raise ValueError(f"Some conditionings have `{name}` and some have not; "
+                                 f"they cannot share a batch.")
             return torch.cat(values)
         return Conditioning(join("context"), join("vector"), join("concat"))
 
@@ -57,8 +60,8 @@ class Denoiser:
     network:    F(x, t, context, vector) → tensor. Runs in its own dtype, whatever the state's is.
     schedule:   gives t(σ).
     prediction: "epsilon", "v_prediction" or "sample": what F was trained to tell.
-    whole_t:    round t(σ) to the whole times of training, as some of diffusers' schedulers do; matters only for
-                spacings in σ, whose t fall between.
+    whole_t:    round t(σ) to the whole times of training, as some of diffusers' schedulers do; it matters
+                for σ's whose t falls between: spacings in σ, σ's of one's own, and the midpoints of PNDM.
     """
     network: Callable[..., Tensor]
     schedule: NoiseSchedule
@@ -67,7 +70,8 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction is {self.prediction!r}; there are {', '.join(map(repr, PREDICTIONS))}.")
+            raise ValueError(f"prediction is {self.prediction!r}; "
+                             f"there are {', '.join(map(repr, PREDICTIONS))}.")
 
     def __call__(self, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
         return self.to_x0(self.output(x, sigma, conditioning), x, sigma)
@@ -76,10 +80,10 @@ class Denoiser:
         """The network's own output F at x, in the dtype of x."""
         time  = self.schedule.t(sigma)
         t     = torch.tensor(round(time) if self.whole_t else time, dtype=torch.float32, device=x.device)
-        input = x / (1 + sigma**2) ** 0.5                                                       # c_in·x = x_vp
+        input = x / (1 + sigma**2) ** 0.5                                           # c_in·x = x_vp
         if conditioning.concat is not None:
             input = torch.cat([input, conditioning.concat.to(x.dtype)], dim=1)
-        dtype = conditioning.context.dtype                                                      # the network's
+        dtype = conditioning.context.dtype                                          # the network's
         return self.network(input.to(dtype), t, conditioning.context, conditioning.vector).to(x.dtype)
 
     def to_x0(self, output: Tensor, x: Tensor, sigma: float) -> Tensor:

@@ -16,10 +16,13 @@ def unguided(denoiser: Denoiser, cond: Conditioning) -> Denoise:
 
 
 def classifier_free(denoiser: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float) -> Denoise:
-    """Ho & Salimans 2022, Eq. 6, in the convention of Imagen (scale = w + 1): D = D_uncond + scale·(D_cond − D_uncond).
+    """D = D_uncond + scale·(D_cond − D_uncond): Ho & Salimans 2022, Eq. 6.
 
-    Both are computed in one call of the network on 2N pictures, or in two calls of N from the moment that the memory is
-    short. A scale of 1 is no guidance and costs none. `uncond` is the empty or the negative prompt.
+    The scale is the paper's w + 1, the convention of Imagen (Saharia et al. 2022, Eq. 2). A scale of 1 is no
+    guidance and costs none. `uncond` is the empty or the negative prompt.
+
+    Both D are computed in one call of the network on 2N pictures; in two calls of N if the contexts differ in
+    length, or from the moment that the memory is short.
     """
     if scale == 1:
         return unguided(denoiser, cond)
@@ -31,11 +34,12 @@ def classifier_free(denoiser: Denoiser, cond: Conditioning, uncond: Conditioning
     return denoise
 
 
-def rescaled(denoiser: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float, rescale: float) -> Denoise:
+def rescaled(denoiser: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float,
+             rescale: float) -> Denoise:
     """Classifier-free guidance that does not overexpose: Lin et al. 2023, section 3.4, Eq. 14–16.
 
-    The guided output of the network is scaled to the standard deviation of the conditional one, and mixed with the
-    unscaled by `rescale` in [0, 1] (the paper: 0.7).
+    The guided output of the network is scaled to the standard deviation of the conditional one, picture by
+    picture, and mixed with the unscaled by `rescale` in [0, 1] (the paper's φ, there 0.7).
     """
     both = _both(denoiser.output, cond, uncond)
 
@@ -49,7 +53,10 @@ def rescaled(denoiser: Denoiser, cond: Conditioning, uncond: Conditioning, scale
 
 
 def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denoise:
-    """Guidance only where low < σ ≤ high: Kynkäänniemi et al. 2024, Eq. 5. Outside, `plain` costs half as much."""
+    """Guidance only where low < σ ≤ high: Kynkäänniemi et al. 2024, Eq. 6.
+
+    Outside, `plain` costs half as much.
+    """
     return lambda x, sigma: (guided if low < sigma <= high else plain)(x, sigma)
 
 
@@ -57,7 +64,8 @@ def _both(function: Callable[[Tensor, float, Conditioning], Tensor], cond: Condi
           uncond: Conditioning) -> Callable[[Tensor, float], list[Tensor]]:
     """(x, σ) → [function for uncond, function for cond]; in one batch until the memory runs out."""
     if len(cond) != len(uncond):
-        raise ValueError(f"{len(cond)} prompts but {len(uncond)} negative prompts; one of these for each is needed.")
+        raise ValueError(f"{len(cond)} prompts but {len(uncond)} negative prompts; "
+                         f"one of these for each is needed.")
     joint = Conditioning.cat([uncond, cond]) if uncond.context.shape == cond.context.shape else None
 
     def evaluate(x: Tensor, sigma: float) -> list[Tensor]:

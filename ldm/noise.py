@@ -1,8 +1,8 @@
-"""Random numbers keyed by (seed, k): the k-th standard normal draw of one picture, whatever else is in the batch.
+"""Random numbers keyed by (seed, k): the k-th standard normal draw of one picture, in whatever batch.
 
-Each picture has its own generator on the CPU, so its noise depends neither on the device, nor on the batch it is in,
-nor on its place there. k = 0 is the start; k = 1, 2, … are the draws of a stochastic scheduler, one for each step. This
-is the stream that diffusers draws from when it is given a list of CPU generators, one for each picture.
+Each picture has its own generator on the CPU, so its noise depends neither on the device, nor on the batch
+it is in, nor on its place there. k = 0 is the start; k = 1, 2, … are the draws of a stochastic scheduler, one
+for each step. This is the stream that diffusers draws from when it is given a list of CPU generators.
 """
 from collections.abc import Callable, Sequence
 
@@ -15,9 +15,10 @@ Noise = Callable[[int], Tensor]     # k → (N, C, h, w)
 def seeded(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Noise:
     """A function k → noise (N, *shape), float32 on `device`, for N seeds (integers in [0, 2⁶⁴)).
 
-    It is pure: the same k always gives the same numbers. Asking in rising order costs nothing; going back replays the
-    stream from its start. (PyTorch's CPU generator rounds the same float32 numbers when asked for float16, so a
-    diffusers run in float16 starts from this noise too.)
+    It is pure: the same k always gives the same numbers. Asking in rising order costs nothing; going back
+    replays the stream from its start. (PyTorch's CPU generator rounds the same float32 numbers when asked for
+    float16, so a diffusers run in float16 starts from this noise too; but for the last 16 numbers of a
+    picture where their count is no multiple of 16, that is where h·w of the latents is no multiple of 4.)
     """
     generators: list[torch.Generator] = []
     drawn = 0

@@ -4,8 +4,8 @@ A training picture x₀ is noised as x_vp = √ᾱ·x₀ + √(1−ᾱ)·ε (DDP
 
     x = x₀ + σ·ε,        σ = √((1−ᾱ)/ᾱ),        √ᾱ = 1/√(1+σ²),        λ = log(√ᾱ/√(1−ᾱ)) = −log σ
 
-so "variance preserving" is a unit of x, not another method. σ runs from .0292 (t = 0) to 14.61 (t = 999) in Stable
-Diffusion. Between whole t, σ(t) is linear, and t(σ) is its exact inverse.
+so "variance preserving" is a unit of x, not another method. σ runs from .0292 (t = 0) to 14.61 (t = 999) in
+Stable Diffusion. Between whole t, σ(t) is linear, and t(σ) is its exact inverse.
 
 Everything here is float64 on the host: a scheduler's coefficients are Python floats.
 """
@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-# What stands for ᾱ = 0 (a terminal SNR of zero), where σ would be ∞: float16's smallest number, as in diffusers; σ = 4096.
+# What stands for ᾱ = 0 (a terminal SNR of zero), where σ would be ∞: float16's smallest number above zero, as
+# in diffusers, which makes σ = 4096; or half of the ᾱ before, if that is smaller.
 _ALPHA_BAR_FOR_ZERO = 2.0**-24
 
 
@@ -28,13 +29,18 @@ class NoiseSchedule:
     table: np.ndarray = field(init=False, repr=False)     # σ at t = 0, 1, … T−1
 
     def __post_init__(self) -> None:
-        betas = np.array(self.betas, dtype=np.float64)     # a copy, so that freezing it cannot surprise the caller
-        if betas.ndim != 1 or len(betas) < 2 or not np.all((betas >= 0) & (betas <= 1)):
-            raise ValueError("NoiseSchedule: betas must be a list of at least two numbers between 0 and 1.")
+        betas = np.array(self.betas, dtype=np.float64)      # a copy, so that freezing it surprises nobody
+        if (betas.ndim != 1 or len(betas) < 2
+                or not np.all((betas >= 0) & (betas <= 1)) or np.any(betas[:-1] == 1)):
+            raise ValueError("NoiseSchedule: betas must be a list of at least two numbers from 0 to 1; "
+                             "only the last may be 1.")
         alpha_bar = np.cumprod(1 - betas)
-        table = np.sqrt(1 / np.where(alpha_bar > 0, alpha_bar, _ALPHA_BAR_FOR_ZERO) - 1)
+        if betas[-1] == 1:
+            alpha_bar[-1] = min(_ALPHA_BAR_FOR_ZERO, alpha_bar[-2] / 2)
+        table = np.sqrt(1 / alpha_bar - 1)
         if not np.all(np.diff(table) > 0):
-            raise ValueError("NoiseSchedule: these betas do not make σ grow from step to step; they cannot be inverted.")
+            raise ValueError("NoiseSchedule: these betas do not make σ grow from step to step; "
+                             "they cannot be inverted.")
         betas.flags.writeable = table.flags.writeable = False
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "table", table)
@@ -59,8 +65,8 @@ class NoiseSchedule:
     def from_hf(cls, config: dict[str, Any]) -> "NoiseSchedule":
         """Reads the β's from a `scheduler_config.json` of diffusers, of any scheduler class.
 
-        A missing field has the default of diffusers' classes (linear, .0001 to .02), which are not Stable Diffusion's
-        values: its files always say scaled_linear, .00085 to .012.
+        A missing field has the default of diffusers' classes (linear, .0001 to .02), which are not Stable
+        Diffusion's values: its files always say scaled_linear, .00085 to .012.
 
         Raises:
             ValueError: a kind of schedule that is not implemented; names the field.
@@ -78,12 +84,15 @@ class NoiseSchedule:
             schedule = cls.cosine(steps)
         else:
             raise ValueError(f"scheduler_config.json has beta_schedule = {kind!r}; implemented are 'linear', "
-                             f"'scaled_linear' and 'squaredcos_cap_v2', or the numbers themselves as 'trained_betas'.")
+                             f"'scaled_linear' and 'squaredcos_cap_v2', or the numbers themselves as "
+                             f"'trained_betas'.")
         return schedule.zero_terminal_snr() if get("rescale_betas_zero_snr", False) else schedule
 
     def zero_terminal_snr(self) -> "NoiseSchedule":
-        """Shifts and scales √ᾱ so that the last step is pure noise: Lin et al. 2023, "Common Diffusion Noise Schedules
-        and Sample Steps are Flawed", Algorithm 1. Only models trained for v-prediction on it can use it.
+        """Shifts and scales √ᾱ so that the last step is pure noise.
+
+        Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", Algorithm 1. Only for
+        models trained on it to predict v or x₀: in pure noise, ε says nothing about x₀.
         """
         root      = np.sqrt(np.cumprod(1 - self.betas))
         root      = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -119,18 +128,22 @@ class NoiseSchedule:
 
         Args:
             steps:     how many; 1 … T, or any number for "linspace" when `whole` is false.
-            spacing:   "leading" (0, r, 2r, … with r = ⌊T/steps⌋; never visits the noisiest times), "linspace" (both
-                       ends) or "trailing" (starts at T−1; the only one that makes sense for very few steps).
+            spacing:   "leading" (0, r, 2r, … with r = ⌊T/steps⌋; leaves out the noisiest times), "linspace"
+                       (both ends) or "trailing" (starts at T−1; the only one that makes sense for very few
+                       steps). The table's times run from 1 to T, ours from 0 to T−1.
             offset:    is added to "leading" times (Stable Diffusion: 1) as far as they stay within the table.
-            whole:     round to whole times, unless that would repeat one.
-            drop_last: divide into one step more and leave its last time out, as DPM-Solver's authors do; "leading" and
-                       "linspace" only.
+            whole:     round to whole times, unless that would repeat one; "trailing" times always are whole.
+            drop_last: divide into one step more and leave its last time out, as DPM-Solver's authors do;
+                       "leading" and "linspace" only.
+
+        Raises:
+            ValueError: an unknown spacing, or a number of steps that it cannot give.
         """
         if steps < 1:
             raise ValueError(f"steps is {steps}; it must be at least 1.")
         if steps > len(self) and (whole or spacing != "linspace"):
-            raise ValueError(f"steps is {steps}, but the model knows {len(self)} times: use at most that many, or a "
-                             f"spacing in σ, such as 'karras'.")
+            raise ValueError(f"steps is {steps}, but the model knows {len(self)} times: "
+                             f"use at most that many, or a spacing in σ, such as 'karras'.")
         total, count = len(self), steps + drop_last
         if spacing == "leading":
             t = np.arange(count)[::-1] * float(max(total // count, 1))
@@ -146,13 +159,13 @@ class NoiseSchedule:
         rounded = np.round(t)
         return rounded if whole and len(set(rounded)) == steps else t
 
-    def sigmas(self, steps: int, spacing: str = "trailing", *, last: str = "zero", offset: int = 0, whole: bool = True,
-               drop_last: bool = False) -> list[float]:
+    def sigmas(self, steps: int, spacing: str = "trailing", *, last: str = "zero", offset: int = 0,
+               whole: bool = True, drop_last: bool = False) -> list[float]:
         """steps + 1 falling σ's: one for each step, and the one where the last step ends.
 
         Args:
-            spacing: as for `timesteps`, whose other arguments go there; or a ramp in σ over the whole trained range:
-                     "karras", "exponential", "polyexponential", "beta".
+            spacing: as for `timesteps`, whose other arguments go there; or a ramp in σ over the whole trained
+                     range: "karras", "exponential", "polyexponential", "beta".
             last:    "zero", or "sigma_min" for σ(0).
 
         Raises:
@@ -163,7 +176,7 @@ class NoiseSchedule:
         if spacing in RAMPS:
             if steps < 1:
                 raise ValueError(f"steps is {steps}; it must be at least 1.")
-            # A ramp that ends at σ_min is already there: one point more instead of a last step of length zero.
+            # A ramp that ends at σ_min is already there: one point more, not a last step of length zero.
             count  = steps + (last == "sigma_min")
             sigmas = [float(s) for s in RAMPS[spacing](count, self.sigma_min, self.sigma_max)]
             return sigmas + [0.0] * (last == "zero")
@@ -172,7 +185,7 @@ class NoiseSchedule:
 
 
 def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
-    """EDM Eq. 5 (Karras et al. 2022): equal steps in σ^(1/ρ), from σ_max to σ_min."""
+    """Equal steps in σ^(1/ρ), from σ_max to σ_min: EDM (Karras et al. 2022), Eq. 5."""
     ramp = np.linspace(0, 1, steps)
     return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
@@ -189,15 +202,17 @@ def exponential(steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
 
 
 def beta(steps: int, sigma_min: float, sigma_max: float, alpha: float = 0.6) -> np.ndarray:
-    """Quantiles of the symmetric Beta(α, α) distribution, dense at both ends (Lee et al. 2024, "Beta Sampling is All You
-    Need").
+    """Quantiles of the symmetric Beta(α, α) distribution, dense at both ends.
 
-    The distribution function below ½ is, with u = v^(1/α), an integral of a smooth function of v, which
+    Lee et al. 2024, "Beta Sampling is All You Need", place the times t like that. Here it is the σ's, as in
+    diffusers, so that more of them are large.
+
+    The distribution function below ½ is, with w = v^(1/α), an integral of a smooth function of v, which
     Gauss–Legendre quadrature gets to machine precision; bisection inverts it.
     """
     node, weight = np.polynomial.legendre.leggauss(64)
 
-    def mass(u: np.ndarray) -> np.ndarray:                                      # ∫₀ᵘ w^(α−1) (1−w)^(α−1) dw for u ≤ ½
+    def mass(u: np.ndarray) -> np.ndarray:                           # ∫₀ᵘ w^(α−1) (1−w)^(α−1) dw for u ≤ ½
         v = u[:, None] ** alpha * (node + 1) / 2
         return u**alpha / (2 * alpha) * ((1 - v ** (1 / alpha)) ** (alpha - 1) @ weight)
 

@@ -26,11 +26,11 @@ Callback = Callable[[int, Tensor, Tensor], Any]     # (step, x, x̂₀)
 def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = None, *,
            negative_prompt: str | Sequence[str] = "", scheduler: str | schedulers.Scheduler | None = None,
            steps: int | None = None, guidance_scale: float | None = None, guidance_rescale: float = 0.0,
-           guidance_interval: tuple[float, float] | None = None, seed: int | Sequence[int] = 0, num_images: int = 1,
-           height: int | None = None, width: int | None = None, spacing: str | None = None,
-           sigmas: Sequence[float] | None = None, timesteps: Sequence[float] | None = None,
-           scheduler_options: Mapping[str, Any] | None = None, output_type: str = "pil",
-           callback: Callback | None = None, progress: bool | None = None) -> Any:
+           guidance_interval: tuple[float, float] | None = None, seed: int | Sequence[int] = 0,
+           num_images: int = 1, height: int | None = None, width: int | None = None,
+           spacing: str | None = None, sigmas: Sequence[float] | None = None,
+           timesteps: Sequence[float] | None = None, scheduler_options: Mapping[str, Any] | None = None,
+           output_type: str = "pil", callback: Callback | None = None, progress: bool | None = None) -> Any:
     """Text to image.
 
     Args:
@@ -38,19 +38,21 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
         model: a Pipeline from `load`, or what `load` takes; None is the small model inside the package.
         negative_prompt: what guidance leads away from: one text, or one for each prompt.
         scheduler: a name of `ldm.schedulers.SCHEDULERS`, or a function (denoise, x, sigmas, …) that yields x.
-        steps, guidance_scale, height, width: None is the model's own default. Sizes are pixels, multiples of 8.
-        guidance_rescale: in [0, 1], see `guidance.rescaled`; guidance_interval: (low, high) in σ, see `guidance.interval`.
-        seed: picture i has the seed seed + i, or the i-th of a list. The same seed is the same picture, made alone or
-            in any batch, on any device, to rounding.
+        steps, guidance_scale: None is the model's own default.
+        height, width: in pixels, multiples of 8 (of the autoencoder's `downscale`); None is the model's own.
+        guidance_rescale: in [0, 1], see `guidance.rescaled`.
+        guidance_interval: (low, high) in σ, see `guidance.interval`.
+        seed: picture i has the seed seed + i, or the i-th of a list. The same seed is the same picture, made
+            alone or in any batch, on any device, to rounding.
         num_images: pictures for each prompt.
-        spacing: "leading", "trailing", "linspace", "karras", "exponential", "polyexponential" or "beta"; None is the
-            model's own. Instead of steps and spacing: `sigmas`, falling, with the end of the last step (usually 0);
-            or `timesteps`, falling, each a start of a step.
+        spacing: "leading", "trailing", "linspace", "karras", "exponential", "polyexponential" or "beta"; None
+            is the model's own. Instead of steps and spacing: `sigmas`, falling, with the end of the last step
+            (usually 0); or `timesteps`, falling, each a start of a step.
         scheduler_options: arguments of the scheduler's function, such as {"eta": 0.5} for "ddim".
-        output_type: "pil": a list of Pillow pictures; "np": (N, H, W, 3) and "pt": (N, 3, H, W), both float32 in
-            [0, 1]; "latent": (N, 4, h, w), scaled.
-        callback: is called as callback(step, x, x0) after step 1, 2, …: the state x = x₀ + σ·ε, and the newest estimate
-            of x₀, both (N, 4, h, w). To stop early, raise an exception.
+        output_type: "pil": a list of Pillow pictures; "np": (N, H, W, 3) and "pt": (N, 3, H, W), both float32
+            in [0, 1]; "latent": (N, 4, h, w), scaled.
+        callback: is called as callback(step, x, x0) after step 1, 2, …: the state x = x₀ + σ·ε, and the
+            newest estimate of x₀, both (N, 4, h, w). To stop early, raise an exception.
         progress: show a bar; None: on a terminal.
 
     Raises:
@@ -73,7 +75,8 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
         denoise  = _guided(denoiser, cond, uncond, scale, guidance_rescale, guidance_interval)
         noise    = seeded(seeds, shape, cond.context.device)
         x        = noise(0) * row.start_scale(sigmas[0], spacing=spacing, config=pipe.scheduler_config)
-        x        = _integrate(row, pipe, denoise, x, sigmas, lambda i: noise(i + 1), scheduler_options, callback, progress)
+        x        = _integrate(row, pipe, denoise, x, sigmas, lambda i: noise(i + 1),
+                              scheduler_options, callback, progress)
         return _output(pipe, x / (1 + sigmas[-1]**2) ** 0.5, output_type)
 
 
@@ -88,13 +91,15 @@ def _batch(prompt: str | Sequence[str], negative: str | Sequence[str], seed: int
     if not prompts:
         raise ValueError("prompt is an empty list: there is nothing to make.")
     if len(negatives) != len(prompts):
-        raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each.")
+        raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; "
+                         f"give one, or one for each.")
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; it must be at least 1.")
     count = len(prompts) * num_images
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     if len(seeds) != count or not all(isinstance(s, int) and 0 <= s < 2**64 for s in seeds):
-        raise ValueError(f"seed is {seed!r}; give one integer from 0 to 2⁶⁴ − 1, or one for each of the {count} pictures.")
+        raise ValueError(f"seed is {seed!r}; give one integer from 0 to 2⁶⁴ − 1, "
+                         f"or one for each of the {count} pictures.")
     return ([text for text in prompts for _ in range(num_images)],
             [text for text in negatives for _ in range(num_images)], seeds)
 
@@ -107,17 +112,20 @@ def _latent_shape(pipe: Pipeline, height: int | None, width: int | None) -> tupl
             below, above = size // unit * unit, (size // unit + 1) * unit
             raise ValueError(f"{name} is {size}, but must be a multiple of {unit}: take "
                              f"{f'{below} or ' if below > 0 else ''}{above}.")
-    wanted = getattr(getattr(pipe.unet, "config", None), "in_channels", channels)   # a network of one's own needs no config
+    config = getattr(pipe.unet, "config", None)                     # a network of one's own needs no config
+    wanted = getattr(config, "in_channels", channels)
     if wanted != channels:
-        raise ValueError(f"{pipe.name or 'The model'} has a U-Net with {wanted} input channels, made for inpainting or "
-                         f"another task with a picture as input; text to image needs one with {channels}.")
+        raise ValueError(f"{pipe.name or 'The model'} has a U-Net with {wanted} input channels, made for "
+                         f"inpainting or another task with a picture as input; text to image needs one with "
+                         f"{channels}.")
     return channels, (height or pipe.defaults.height) // unit, (width or pipe.defaults.width) // unit
 
 
 def _sigmas(pipe: Pipeline, row: schedulers.Row, steps: int | None, spacing: str | None,
             sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> list[float]:
     """The σ's to walk: the caller's own, or by the row of the table and the model's file."""
-    if sum(choice is not None for choice in (sigmas, timesteps, steps)) > 1 or spacing and (sigmas or timesteps):
+    if (sum(choice is not None for choice in (sigmas, timesteps, steps)) > 1
+            or spacing and (sigmas or timesteps)):
         raise ValueError("Give either steps (and spacing), or sigmas, or timesteps.")
     if sigmas is not None:
         return check_sigmas(sigmas)
@@ -126,8 +134,9 @@ def _sigmas(pipe: Pipeline, row: schedulers.Row, steps: int | None, spacing: str
     steps = pipe.defaults.steps if steps is None else steps
     found = row.sigmas(pipe.schedule, steps, spacing=spacing, config=pipe.scheduler_config)
     if found[0] < pipe.schedule.sigma_max / 4:
-        warnings.warn(f"With {steps} steps this spacing starts at σ = {found[0]:.2f} instead of {pipe.schedule.sigma_max:.2f}, "
-                      f"so there will be little to see; spacing='trailing' starts where the noise does.", stacklevel=3)
+        warnings.warn(f"With {steps} steps this spacing starts at σ = {found[0]:.2f} instead of "
+                      f"{pipe.schedule.sigma_max:.2f}, so there will be little to see; spacing='trailing' "
+                      f"starts where the noise does.", stacklevel=3)
     return found
 
 
@@ -140,8 +149,9 @@ def _guided(denoiser: Denoiser, cond: Conditioning, uncond: Conditioning, scale:
     return guidance.interval(denoise, guidance.unguided(denoiser, cond), *interval) if interval else denoise
 
 
-def _integrate(row: schedulers.Row, pipe: Pipeline, denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise,
-               options: Mapping[str, Any] | None, callback: Callback | None, progress: bool | None) -> Tensor:
+def _integrate(row: schedulers.Row, pipe: Pipeline, denoise: Denoise, x: Tensor, sigmas: list[float],
+               noise: Noise, options: Mapping[str, Any] | None, callback: Callback | None,
+               progress: bool | None) -> Tensor:
     """Runs the scheduler from x at sigmas[0] to the end, with a bar and the callback."""
     from tqdm import tqdm
     x0 = x
@@ -151,7 +161,9 @@ def _integrate(row: schedulers.Row, pipe: Pipeline, denoise: Denoise, x: Tensor,
         x0 = denoise(x, sigma)
         return x0
 
-    arguments = {**row.options(pipe.schedule), **({"noise": noise} if row.stochastic else {}), **(options or {})}
+    arguments = {**row.options(pipe.schedule),
+                 **({"noise": noise} if row.stochastic else {}),
+                 **(options or {})}
     show = sys.stderr.isatty() if progress is None else progress
     states = row.function(watched, x, sigmas, **arguments)
     for step, x in enumerate(tqdm(states, total=len(sigmas) - 1, disable=not show), start=1):
@@ -173,6 +185,7 @@ def _memory_advice(count: int, shape: tuple[int, ...]) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
-            f"The memory of the device does not suffice for {count} picture(s) with latents of {shape[1]} × {shape[2]}. "
-            f"Make fewer in one call, or smaller ones (height, width), or load the model in float16 (dtype), or on "
-            f"another device. PyTorch says: {error}") from error
+            f"The memory of the device does not suffice for {count} picture(s) "
+            f"with latents of {shape[1]} × {shape[2]}. "
+            f"Make fewer in one call, or smaller ones (height, width), or load the model in float16 (dtype), "
+            f"or on another device. PyTorch says: {error}") from error

@@ -1,7 +1,7 @@
 """The networks: torch only. Nothing here knows that diffusion exists, and nothing here reads files.
 
-Every module carries the parameter names of Hugging Face's diffusers, so that a checkpoint loads with `strict=True`
-and no mapping between names.
+Every module carries the parameter names of Hugging Face's diffusers, so that a checkpoint loads with
+`strict=True` and no mapping between names.
 """
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig

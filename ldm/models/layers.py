@@ -1,7 +1,7 @@
 """The parts that the U-Net and the autoencoder are made of.
 
-Shapes: N batch, C channels, h × w spatial, L = h·w positions of a picture, S positions of the context (77 for a CLIP
-prompt), D width of the context.
+Shapes: N batch, C channels, h × w spatial, L = h·w positions of a picture, S positions of the context (77 for
+a CLIP prompt), D width of the context.
 """
 import math
 from typing import Any
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Fourier features of a scalar: (N,) → (N, width), in float32; width is even.
 
-    Ho et al. 2020 (DDPM) take the position encoding of Vaswani et al. 2017, section 3.5: wavelengths from 2π to
-    10000·2π in geometric progression. Stable Diffusion puts the cosines first.
+    Ho et al. 2020 (DDPM) take the position encoding of Vaswani et al. 2017, section 3.5: wavelengths from 2π
+    to almost 10000·2π in geometric progression. Stable Diffusion puts the cosines first.
     """
     half        = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    index       = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * index / half)
     angles      = t[:, None].float() * frequencies                                            # (N, width/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -38,7 +39,7 @@ class TimeMLP(nn.Module):
 class ResBlock(nn.Module):
     """Residual block: (N, C, h, w) → (N, C', h, w), shifted by the time embedding (N, E) where there is one.
 
-    He et al. 2016, in the pre-activation form of DDPM: (GroupNorm, SiLU, 3×3 convolution) twice around the skip.
+    He et al. 2016, in DDPM's pre-activation form: (GroupNorm, SiLU, 3×3 convolution) twice beside the skip.
     """
 
     def __init__(self, in_channels: int, out_channels: int, time_width: int | None, groups: int, eps: float):
@@ -61,8 +62,8 @@ class ResBlock(nn.Module):
 class Downsample(nn.Module):
     """Halves height and width with a strided convolution.
 
-    The U-Net pads all four sides by one; the autoencoder pads right and below only (`padding=0`), as its original
-    code did, and its weights know it.
+    The U-Net pads all four sides by one; the autoencoder pads right and below only (`padding=0`), as its
+    original code did, and its weights know it.
     """
 
     def __init__(self, channels: int, padding: int):
@@ -88,7 +89,8 @@ class Upsample(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, Eq. 1): softmax(QKᵀ/√d)·V with H heads of width d.
 
-    Queries come from x (N, L, C), keys and values from the context (N, S, D), or from x itself when there is none.
+    Queries come from x (N, L, C), keys and values from the context (N, S, D), or from x itself when there is
+    none. The result is like x.
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int):
@@ -97,18 +99,21 @@ class Attention(nn.Module):
         self.to_q   = nn.Linear(channels, channels, bias=False)
         self.to_k   = nn.Linear(context_dim, channels, bias=False)
         self.to_v   = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list of one: checkpoints say to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])    # a list, as checkpoints say to_out.0
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                           # (N, H, L or S, d)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                      # (N, H, L or S, d)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        out = F.scaled_dot_product_attention(q, k, v)                                          # (N, H, L, d)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))                                  # (N, L, C)
+        out = F.scaled_dot_product_attention(q, k, v)                                     # (N, H, L, d)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))                             # (N, L, C)
 
 
 class GEGLU(nn.Module):
-    """Shazeer 2020, "GLU Variants Improve Transformer", Eq. 6: xW ⊙ GELU(xV), both products in one matrix."""
+    """GELU(xW + b) ⊙ (xV + c), both products in one layer: V and c first, W and b second.
+
+    Shazeer 2020, "GLU Variants Improve Transformer", section 2.
+    """
 
     def __init__(self, in_width: int, out_width: int):
         super().__init__()
@@ -125,14 +130,15 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         # net.1 was a dropout in the original; the names of its neighbours remember it.
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(),
+                                  nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the context, feed-forward; each on a LayerNorm and added to x (N, L, C)."""
+    """Self-attention, cross-attention to the context, feed-forward: each on a LayerNorm, added to x."""
 
     def __init__(self, channels: int, context_dim: int, heads: int):
         super().__init__()
@@ -144,16 +150,17 @@ class TransformerBlock(nn.Module):
         self.ff    = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x))                                               # (N, L, C) throughout
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """`depth` transformer blocks over the positions of a feature map: (N, C, h, w), context (N, S, D) → (N, C, h, w).
+    """`depth` transformer blocks over the positions of a feature map (N, C, h, w), with a context (N, S, D).
 
-    Rombach et al. 2022 ("latent diffusion"), section 3.3: here the text enters the picture. SD 1.x projects in and
-    out with 1×1 convolutions, SD 2.x and XL with linear layers: the same arithmetic, stored as 4-D or 2-D weights.
+    Rombach et al. 2022 ("latent diffusion"), section 3.3: here the text enters the picture. SD 1.x projects
+    in and out with 1×1 convolutions, SD 2.x and XL with linear layers: the same arithmetic, stored as 4-D or
+    2-D weights. The result is like x.
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int, depth: int, groups: int, linear: bool):
@@ -184,14 +191,14 @@ class SpatialTransformer(nn.Module):
 
 
 def check_hf(config: dict[str, Any], supported: dict[str, Any], model: str) -> None:
-    """Raises ValueError for the first field of a Hugging Face config whose value these modules do not implement.
+    """Raises ValueError for the first field of a Hugging Face config with a value not implemented here.
 
     A field that is missing or null has diffusers' default, which is the supported value.
     """
     for field, value in supported.items():
         found = config.get(field)
-        found = list(found) if isinstance(found, tuple) else found      # JSON has lists, diffusers' own configs tuples
+        found = list(found) if isinstance(found, tuple) else found      # JSON has lists, diffusers tuples
         if found not in (None, value):
-            raise ValueError(f"{model}: config.json has {field} = {found!r}, but only {value!r} is implemented. "
-                             f"This is another architecture than Stable Diffusion 1.x, 2.x or XL; the file cannot be "
-                             f"used with ldm.")
+            raise ValueError(f"{model}: config.json has {field} = {found!r}, but only {value!r} is "
+                             f"implemented. This is another architecture than Stable Diffusion 1.x, 2.x or "
+                             f"XL; the file cannot be used with ldm.")

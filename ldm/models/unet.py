@@ -13,11 +13,13 @@
         │                                                                         ▲
         └──────────────── mid: ResBlock, transformer, ResBlock ───────────────────┘
 
-Each level is a row of ResBlocks (they receive the time), each followed by a SpatialTransformer (it receives the text)
-at the levels whose `depth` is not zero. Going down, the feature map is kept after conv_in, after every layer and after
-every downsampling; going up, every layer takes the newest one kept. That stack of skips is the whole wiring.
+Each level is a row of ResBlocks (they receive the time), each followed by a SpatialTransformer (it receives
+the text) at the levels whose `depth` is not zero. Going down, the feature map is kept after conv_in, after
+every layer and after every downsampling; going up, every layer takes the newest one kept. That stack of
+skips is the whole wiring.
 
-Ronneberger et al. 2015 (U-Net); Ho et al. 2020 (DDPM); Rombach et al. 2022 (latent diffusion); Podell et al. 2023 (SDXL).
+Ronneberger et al. 2015 (U-Net); Ho et al. 2020 (DDPM);
+Rombach et al. 2022 (latent diffusion); Podell et al. 2023 (SDXL).
 """
 from dataclasses import dataclass
 from typing import Any
@@ -32,37 +34,37 @@ from .layers import Downsample, ResBlock, SpatialTransformer, TimeMLP, Upsample,
 @dataclass(frozen=True)
 class UNetConfig:
     """The numbers that make one U-Net. The defaults are Stable Diffusion 1.5's."""
-    in_channels: int              = 4                       # 9 for inpainting models: latents, mask, masked latents
-    out_channels: int             = 4
-    channels: tuple[int, ...]     = (320, 640, 1280, 1280)  # per level
-    layers: int                   = 2                       # ResBlocks per level going down; one more going up
-    depth: tuple[int, ...]        = (1, 1, 1, 0)            # transformer blocks per layer of each level; 0: no attention
-    mid_depth: int                = 1
-    heads: tuple[int, ...]        = (8, 8, 8, 8)            # attention heads per level
-    context_dim: int              = 768                     # width of the text encoder's states
-    linear_projection: bool       = False                   # SD 2.x and XL: linear layers around the transformers
-    groups: int                   = 32                      # of every GroupNorm
-    eps: float                    = 1e-5                    # of the ResBlocks' GroupNorms
-    vector_dim: int | None        = None                    # SDXL: width of the vector (pooled text + size features)
-    vector_time_dim: int | None   = None                    # SDXL: Fourier features per number of the size conditioning
-    sample_size: int | None       = None                    # default height and width, in latent pixels
+    in_channels: int            = 4                       # 9 for inpainting: latents, mask, masked latents
+    out_channels: int           = 4
+    channels: tuple[int, ...]   = (320, 640, 1280, 1280)  # per level
+    layers: int                 = 2                       # ResBlocks per level going down; one more going up
+    depth: tuple[int, ...]      = (1, 1, 1, 0)            # transformer blocks per layer; 0: no attention
+    mid_depth: int              = 1
+    heads: tuple[int, ...]      = (8, 8, 8, 8)            # attention heads per level
+    context_dim: int            = 768                     # width of the text encoder's states
+    linear_projection: bool     = False                   # SD 2.x, XL: linear layers around the transformers
+    groups: int                 = 32                      # of every GroupNorm
+    eps: float                  = 1e-5                    # of the ResBlocks' GroupNorms
+    vector_dim: int | None      = None                    # SDXL: width of the vector, pooled text and sizes
+    vector_time_dim: int | None = None                    # SDXL: Fourier features of each number of the sizes
+    sample_size: int | None     = None                    # default height and width, in latent pixels
 
     def __post_init__(self) -> None:
         if not len(self.channels) == len(self.depth) == len(self.heads):
-            raise ValueError(f"U-Net: channels {self.channels}, depth {self.depth} and heads {self.heads} must have one "
-                             f"entry per level.")
+            raise ValueError(f"U-Net: channels {self.channels}, depth {self.depth} and heads {self.heads} "
+                             f"must have one entry per level.")
         for channels, heads in zip(self.channels, self.heads, strict=True):
             if channels % self.groups or channels % heads:
-                raise ValueError(f"U-Net: a level of {channels} channels cannot be divided into {self.groups} groups "
-                                 f"and {heads} heads.")
+                raise ValueError(f"U-Net: a level of {channels} channels cannot be divided into "
+                                 f"{self.groups} groups and {heads} heads.")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "UNetConfig":
         """Reads a `unet/config.json` of diffusers (`UNet2DConditionModel`).
 
-        Missing and null fields have diffusers' defaults, unknown ones are ignored. Two of them are not what they
-        seem: `attention_head_dim` is the *number* of heads, and `transformer_layers_per_block` also counts for levels
-        that have no attention at all.
+        Missing and null fields have diffusers' defaults, unknown ones are ignored. Two of them are not what
+        they seem: `attention_head_dim` is the *number* of heads, and `transformer_layers_per_block` also has
+        entries for the levels without any attention.
 
         Raises:
             ValueError: the file describes an architecture that is not implemented here; names the field.
@@ -75,18 +77,18 @@ class UNetConfig:
         up       = tuple(get("up_block_types",   ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3))
         unknown  = {*down, *up} - {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
         if unknown or [kind.replace("Up", "Down") for kind in reversed(up)] != list(down):
-            raise ValueError(f"U-Net: config.json has down_block_types {down} and up_block_types {up}; only (CrossAttn)"
-                             f"DownBlock2D mirrored by (CrossAttn)UpBlock2D is implemented.")
+            raise ValueError(f"U-Net: config.json has down_block_types {down} and up_block_types {up}; "
+                             f"only (CrossAttn)DownBlock2D mirrored by (CrossAttn)UpBlock2D is implemented.")
         if get("addition_embed_type") not in (None, "text_time"):
-            raise ValueError(f"U-Net: config.json has addition_embed_type = {get('addition_embed_type')!r}; only SDXL's "
-                             f"'text_time' is implemented.")
+            raise ValueError(f"U-Net: config.json has addition_embed_type = {get('addition_embed_type')!r}; "
+                             f"only SDXL's 'text_time' is implemented.")
 
         def per_level(field: str, default: int) -> tuple[int, ...]:
             value  = get(field, default)
             values = (value,) * levels if isinstance(value, int) else tuple(value)
             if len(values) != levels or not all(isinstance(v, int) for v in values):
-                raise ValueError(f"U-Net: config.json has {field} = {value!r}; one integer, or one for each of the "
-                                 f"{levels} levels, is implemented.")
+                raise ValueError(f"U-Net: config.json has {field} = {value!r}; "
+                                 f"one integer, or one for each of the {levels} levels, is implemented.")
             return values
 
         depth = per_level("transformer_layers_per_block", 1)
@@ -95,7 +97,8 @@ class UNetConfig:
                    out_channels      = get("out_channels", 4),
                    channels          = channels,
                    layers            = get("layers_per_block", 2),
-                   depth             = tuple(d if "CrossAttn" in kind else 0 for d, kind in zip(depth, down, strict=True)),
+                   depth             = tuple(d if "CrossAttn" in kind else 0
+                                             for d, kind in zip(depth, down, strict=True)),
                    mid_depth         = depth[-1],
                    heads             = heads,
                    context_dim       = get("cross_attention_dim", 1280),
@@ -110,18 +113,20 @@ class UNetConfig:
 # `upcast_attention` is not here: scaled_dot_product_attention accumulates in float32 whatever the inputs are.
 _SUPPORTED = {
     "act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn", "time_embedding_type": "positional",
-    "resnet_time_scale_shift": "default", "attention_type": "default", "flip_sin_to_cos": True, "freq_shift": 0,
-    "downsample_padding": 1, "conv_in_kernel": 3, "conv_out_kernel": 3, "center_input_sample": False,
-    "only_cross_attention": False, "dual_cross_attention": False, "mid_block_only_cross_attention": False,
-    "mid_block_scale_factor": 1, "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False,
-    "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
-    "time_cond_proj_dim": None, "timestep_post_act": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
-    "cross_attention_norm": None, "reverse_transformer_layers_per_block": None, "class_embeddings_concat": False,
+    "resnet_time_scale_shift": "default", "attention_type": "default", "flip_sin_to_cos": True,
+    "freq_shift": 0, "downsample_padding": 1, "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "center_input_sample": False, "only_cross_attention": False, "dual_cross_attention": False,
+    "mid_block_only_cross_attention": False, "mid_block_scale_factor": 1, "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False, "class_embed_type": None, "num_class_embeds": None,
+    "encoder_hid_dim": None, "encoder_hid_dim_type": None, "time_cond_proj_dim": None,
+    "timestep_post_act": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
+    "cross_attention_norm": None, "reverse_transformer_layers_per_block": None,
+    "class_embeddings_concat": False,
 }
 
 
 class Level(nn.Module):
-    """One resolution of the U-Net: parallel lists of ResBlocks and transformers, then at most one change of size."""
+    """One resolution of the U-Net: parallel lists of ResBlocks and transformers, and at most one resize."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,15 +197,19 @@ class UNet(nn.Module):
         self.conv_out      = nn.Conv2d(first, c.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
-        """
+        """One call of the network.
+
         Args:
             x:       (N, in_channels, h, w), any h and w of at least one pixel on the lowest level.
-            t:       (N,) or (), times in the units of training, 0 … 999 for Stable Diffusion; need not be whole.
+            t:       (N,) or (), times in the units of training, 0 … 999 for Stable Diffusion; not only whole.
             context: (N, S, context_dim) states of the text encoder.
             vector:  (N, vector_dim) for SDXL: pooled text and Fourier features of the sizes; otherwise None.
 
         Returns:
-            (N, out_channels, h, w): ε, v or x₀, whichever the weights were trained for; the network does not know.
+            (N, out_channels, h, w): ε, v or x₀, as the weights were trained; the network does not know.
+
+        Raises:
+            ValueError: an SDXL U-Net without vector.
         """
         time = self.time_embedding(timestep_embedding(t.expand(len(x)), self.config.channels[0]).to(x.dtype))
         if self.add_embedding is not None:
@@ -225,7 +234,7 @@ class UNet(nn.Module):
             for i in range(self.config.layers + 1):
                 x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
             for upsample in level.upsamplers:
-                # To the size of the skip that comes next, not to twice the own: after an odd size these differ by one.
+                # To the size of the next skip, not to twice its own: after an odd size these differ by one.
                 x = upsample(x, skips[-1].shape[-2:])
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))

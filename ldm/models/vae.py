@@ -1,15 +1,16 @@
 """The autoencoder: pictures (N, 3, H, W) ⇄ latents (N, 4, H/8, W/8).
 
-    encoder   conv_in ─ level 0 ─ ↓ ─ level 1 ─ ↓ ─ level 2 ─ ↓ ─ level 3 ─ mid ─ conv_out ─ quant_conv ─▶ mean, log variance
-    decoder   post_quant_conv ─ conv_in ─ mid ─ level 3 ─ ↑ ─ level 2 ─ ↑ ─ level 1 ─ ↑ ─ level 0 ─ conv_out ─▶ picture
+    encoder   conv_in ─ level 0 ↓ level 1 ↓ level 2 ↓ level 3 ─ mid ─ conv_out ─ quant_conv ─▶ mean, log σ²
+    decoder   post_quant_conv ─ conv_in ─ mid ─ level 3 ↑ level 2 ↑ level 1 ↑ level 0 ─ conv_out ─▶ picture
 
-mid is ResBlock, self-attention over all positions, ResBlock. Level i has C_i channels. With four levels one latent pixel
-stands for 8 × 8 pixels of the picture.
+mid is ResBlock, self-attention over all positions, ResBlock. Level i has C_i channels. With four levels one
+latent pixel stands for 8 × 8 pixels of the picture.
 
-Latents leave and enter this module *scaled*, that is with a standard deviation near one: the factor of the config is
-applied here and nowhere else.
+Latents leave and enter this module *scaled*, that is with a standard deviation near one: the factor of the
+config is applied here and nowhere else.
 
-Kingma & Welling 2013 (VAE); Esser et al. 2021 (VQGAN, whose networks these are); Rombach et al. 2022, appendix G.
+Kingma & Welling 2013 (VAE); Esser et al. 2021 (VQGAN, whose networks these are);
+Rombach et al. 2022, appendix G (latent diffusion).
 """
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ class VAEConfig:
     in_channels: int          = 3
     out_channels: int         = 3
     channels: tuple[int, ...] = (128, 256, 512, 512)   # per level
-    layers: int               = 2                      # ResBlocks per level in the encoder; one more in the decoder
+    layers: int               = 2                      # ResBlocks per level of the encoder; decoder: one more
     latent_channels: int      = 4
     groups: int               = 32                     # of every GroupNorm
     scaling_factor: float     = 0.18215                # scaled latents = factor · (latents − shift)
@@ -44,7 +45,9 @@ class VAEConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "VAEConfig":
-        """Reads a `vae/config.json` of diffusers (`AutoencoderKL`); missing and null fields have diffusers' defaults.
+        """Reads a `vae/config.json` of diffusers (`AutoencoderKL`).
+
+        Missing and null fields have diffusers' defaults, unknown ones are ignored.
 
         Raises:
             ValueError: the file describes an architecture that is not implemented here; names the field.
@@ -91,7 +94,8 @@ class Mid(nn.Module):
 
     def __init__(self, channels: int, groups: int, attention: bool):
         super().__init__()
-        self.resnets    = nn.ModuleList(ResBlock(channels, channels, None, groups, eps=1e-6) for _ in range(2))
+        self.resnets    = nn.ModuleList(
+            ResBlock(channels, channels, None, groups, eps=1e-6) for _ in range(2))
         self.attentions = nn.ModuleList([PixelAttention(channels, groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +108,8 @@ class Mid(nn.Module):
 def _level(in_channels: int, channels: int, layers: int, groups: int) -> nn.Module:
     level = nn.Module()
     level.resnets = nn.ModuleList(
-        ResBlock(in_channels if i == 0 else channels, channels, None, groups, eps=1e-6) for i in range(layers))
+        ResBlock(in_channels if i == 0 else channels, channels, None, groups, eps=1e-6)
+        for i in range(layers))
     return level
 
 
@@ -170,20 +175,28 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
+        z = config.latent_channels
         self.config          = c = config
         self.encoder         = Encoder(c)
         self.decoder         = Decoder(c)
-        self.quant_conv      = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1) if c.quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1) if c.post_quant_conv else nn.Identity()
+        self.quant_conv      = nn.Conv2d(2 * z, 2 * z, 1) if c.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z, z, 1) if c.post_quant_conv else nn.Identity()
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (N, 3, H, W) in [−1, 1], H and W multiples of 8 → mean and standard deviation of the latents,
-        both (N, latent_channels, H/8, W/8) and in scaled units. `mean + std * noise` draws a latent (VAE paper, Eq. 10).
+        """Pictures (N, 3, H, W) in [−1, 1], H and W multiples of 8 → mean and standard deviation of latents.
+
+        Both are (N, latent_channels, H/8, W/8), in scaled units. `mean + std * noise` draws a latent: the
+        reparameterization trick of Kingma & Welling 2013.
         """
         mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30, 20))    # the bounds of the original code
-        return self.config.scaling_factor * (mean - self.config.shift_factor), self.config.scaling_factor * std
+        factor, shift = self.config.scaling_factor, self.config.shift_factor
+        return factor * (mean - shift), factor * std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, latent_channels, h, w) → pictures (N, 3, 8h, 8w), in [−1, 1] but for overshoot."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor + self.config.shift_factor))
+        """Scaled latents (N, latent_channels, h, w) → pictures (N, 3, 8h, 8w).
+
+        Their values lie in [−1, 1] but for overshoot.
+        """
+        z = latents / self.config.scaling_factor + self.config.shift_factor
+        return self.decoder(self.post_quant_conv(z))

@@ -4,9 +4,9 @@ A scheduler is a generator function
 
     scheduler(denoise, x, sigmas, **options)  →  yields x after each step
 
-where `denoise(x, σ)` returns x̂₀, x is the state x₀ + σ·ε at sigmas[0], and sigmas falls. Its history lives in local
-variables; the caller owns the loop, may stop at any step, look at x, or start in the middle with sigmas[k:]. One that
-needs random numbers has a parameter `noise`: i → standard normal like x, for its step i.
+where `denoise(x, σ)` returns x̂₀, x is the state x₀ + σ·ε at sigmas[0], and sigmas falls. Its history lives
+in local variables; the caller owns the loop, may stop at any step, look at x, or start in the middle with
+sigmas[k:]. One that needs random numbers has a parameter `noise`: i → standard normal like x, for its step i.
 """
 import inspect
 import warnings
@@ -43,7 +43,7 @@ class Row:
     own_spacing: bool = False         # does not heed the file's timestep_spacing
     whole: bool    = False            # rounds times to whole ones
     drop_last: bool = False           # divides the times into one step more and leaves the last out
-    start_vp: bool = True             # starts at x_vp = noise; otherwise at x = σ₀·noise unless the spacing is "leading"
+    start_vp: bool = True             # starts at x_vp = noise; else at σ₀·noise, unless spacing is "leading"
     options: Callable[[NoiseSchedule], Mapping[str, Any]] = lambda schedule: {}
 
     @property
@@ -53,19 +53,22 @@ class Row:
 
     def sigmas(self, schedule: NoiseSchedule, steps: int, *, spacing: str | None = None,
                config: Mapping[str, Any] | None = None) -> list[float]:
-        """The σ's of a run: by the argument `spacing`, else by the model's scheduler_config.json, else by the row."""
+        """The σ's of a run: by `spacing`, else by the model's scheduler_config.json, else by the row."""
         config = config or {}
         if spacing is None and self.ramps:
-            spacing = next((ramp for ramp in ("karras", "exponential", "beta") if config.get(f"use_{ramp}_sigmas")), None)
+            ramps   = ("karras", "exponential", "beta")
+            spacing = next((ramp for ramp in ramps if config.get(f"use_{ramp}_sigmas")), None)
         last = self.last
         if self.last_field == "set_alpha_to_one" and config.get("set_alpha_to_one") is not None:
             last = "zero" if config["set_alpha_to_one"] else "sigma_min"
         elif self.last_field:
             last = config.get(self.last_field) or last
-        return schedule.sigmas(steps, spacing or self._spacing(config), last=last, offset=config.get("steps_offset") or 0,
+        return schedule.sigmas(steps, spacing or self._spacing(config), last=last,
+                               offset=config.get("steps_offset") or 0,
                                whole=self.whole, drop_last=self.drop_last)
 
-    def start_scale(self, sigma: float, *, spacing: str | None = None, config: Mapping[str, Any] | None = None) -> float:
+    def start_scale(self, sigma: float, *, spacing: str | None = None,
+                    config: Mapping[str, Any] | None = None) -> float:
         """The factor of the standard normal noise from which a run from `sigma` starts."""
         config = config or {}
         spacing = spacing if spacing in ("leading", "linspace", "trailing") else self._spacing(config)
@@ -76,38 +79,48 @@ class Row:
 
 
 def _dpm(function: Scheduler, order: int, diffusers: str, **habits: Any) -> Row:
-    return Row(function, diffusers, whole=True, drop_last=True, ramps=True, options=lambda _: {"order": order}, **habits)
+    return Row(function, diffusers, whole=True, drop_last=True, ramps=True,
+               options=lambda _: {"order": order}, **habits)
 
 
 SCHEDULERS: dict[str, Row] = {
     "ddim":     Row(euler_ancestral, "DDIMScheduler", "leading", last_field="set_alpha_to_one", whole=True,
                     options=lambda _: {"eta": 0.0}),
     "ddpm":     Row(euler_ancestral, "DDPMScheduler", "leading", whole=True),
-    "pndm":     Row(plms, "PNDMScheduler(skip_prk_steps=True)", "leading", "sigma_min", "set_alpha_to_one", whole=True),
-    "pndm_prk": Row(pndm, "PNDMScheduler(skip_prk_steps=False)", "leading", "sigma_min", "set_alpha_to_one", whole=True,
+    "pndm":     Row(plms, "PNDMScheduler(skip_prk_steps=True)",
+                    "leading", "sigma_min", "set_alpha_to_one", whole=True),
+    "pndm_prk": Row(pndm, "PNDMScheduler(skip_prk_steps=False)",
+                    "leading", "sigma_min", "set_alpha_to_one", whole=True,
                     options=lambda schedule: {"midpoint": schedule.midpoint}),
-    "euler":    Row(euler, "EulerDiscreteScheduler", last_field="final_sigmas_type", ramps=True, start_vp=False),
+    "euler":    Row(euler, "EulerDiscreteScheduler",
+                    last_field="final_sigmas_type", ramps=True, start_vp=False),
     "euler_a":  Row(euler_ancestral, "EulerAncestralDiscreteScheduler", start_vp=False),
     "heun":     Row(heun, "HeunDiscreteScheduler", ramps=True, start_vp=False),
     "lms":      Row(lms, "LMSDiscreteScheduler", ramps=True, start_vp=False),
-    "dpm":      _dpm(dpm_solver, 2, "DPMSolverSinglestepScheduler(algorithm_type='dpmsolver', solver_order=2, "
-                     "final_sigmas_type='sigma_min')", last="sigma_min", own_spacing=True),
-    "dpm_3":    _dpm(dpm_solver, 3, "DPMSolverSinglestepScheduler(algorithm_type='dpmsolver', solver_order=3, "
-                     "final_sigmas_type='sigma_min')", last="sigma_min", own_spacing=True),
-    "dpmpp_2m": _dpm(dpm_solver_pp, 2, "DPMSolverMultistepScheduler(solver_order=2)", last_field="final_sigmas_type"),
-    "dpmpp_3m": _dpm(dpm_solver_pp, 3, "DPMSolverMultistepScheduler(solver_order=3)", last_field="final_sigmas_type"),
-    "dpmpp_2m_sde": _dpm(dpm_solver_pp_sde, 2, "DPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++')",
-                         last_field="final_sigmas_type"),
+    "dpm":      _dpm(dpm_solver, 2, "DPMSolverSinglestepScheduler(algorithm_type='dpmsolver', "
+                     "solver_order=2, final_sigmas_type='sigma_min')", last="sigma_min", own_spacing=True),
+    "dpm_3":    _dpm(dpm_solver, 3, "DPMSolverSinglestepScheduler(algorithm_type='dpmsolver', "
+                     "solver_order=3, final_sigmas_type='sigma_min')", last="sigma_min", own_spacing=True),
+    "dpmpp_2m": _dpm(dpm_solver_pp, 2, "DPMSolverMultistepScheduler(solver_order=2)",
+                     last_field="final_sigmas_type"),
+    "dpmpp_3m": _dpm(dpm_solver_pp, 3, "DPMSolverMultistepScheduler(solver_order=3)",
+                     last_field="final_sigmas_type"),
+    "dpmpp_2m_sde":
+                _dpm(dpm_solver_pp_sde, 2, "DPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++')",
+                     last_field="final_sigmas_type"),
 }
 
 
 def find(scheduler: str | Scheduler) -> Row:
-    """The row of a name; or, for a function of your own, a row that starts at the noisiest time and ends at zero."""
+    """The row of a name; or, for a function of your own, one that ends at zero.
+
+    Such a row starts at the noisiest time, unless the model's file asks for another spacing.
+    """
     if callable(scheduler):
         return Row(scheduler, spacing="trailing")
     if scheduler not in SCHEDULERS:
-        raise ValueError(f"There is no scheduler {scheduler!r}; there are {', '.join(SCHEDULERS)}, or any function "
-                         f"(denoise, x, sigmas) that yields x after each step.")
+        raise ValueError(f"There is no scheduler {scheduler!r}; there are {', '.join(SCHEDULERS)}, "
+                         f"or any function (denoise, x, sigmas) that yields x after each step.")
     return SCHEDULERS[scheduler]
 
 
@@ -115,14 +128,20 @@ def default_name(config: Mapping[str, Any]) -> str:
     """The row for a scheduler_config.json. Warns and takes "dpmpp_2m" when its class has no row here."""
     kind, order = config.get("_class_name"), config.get("solver_order") or 2
     algorithm   = config.get("algorithm_type") or "dpmsolver++"
-    name = {"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm", "LMSDiscreteScheduler": "lms", "HeunDiscreteScheduler": "heun",
+    name = {"DDIMScheduler": "ddim",
+            "DDPMScheduler": "ddpm",
             "PNDMScheduler": "pndm" if config.get("skip_prk_steps") else "pndm_prk",
-            "EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_a",
-            "DPMSolverSinglestepScheduler": {("dpmsolver", 2): "dpm", ("dpmsolver", 3): "dpm_3"}.get((algorithm, order)),
-            "DPMSolverMultistepScheduler": {("dpmsolver++", 2): "dpmpp_2m", ("dpmsolver++", 3): "dpmpp_3m",
-                                            ("sde-dpmsolver++", 2): "dpmpp_2m_sde"}.get((algorithm, order)),
+            "EulerDiscreteScheduler": "euler",
+            "EulerAncestralDiscreteScheduler": "euler_a",
+            "HeunDiscreteScheduler": "heun",
+            "LMSDiscreteScheduler": "lms",
+            "DPMSolverSinglestepScheduler": {("dpmsolver", 2): "dpm",
+                                             ("dpmsolver", 3): "dpm_3"}.get((algorithm, order)),
+            "DPMSolverMultistepScheduler":  {("dpmsolver++", 2): "dpmpp_2m",
+                                             ("dpmsolver++", 3): "dpmpp_3m",
+                                             ("sde-dpmsolver++", 2): "dpmpp_2m_sde"}.get((algorithm, order)),
             }.get(str(kind))
     if name is None:
-        warnings.warn(f"The model's scheduler is {kind} (algorithm {algorithm}, order {order}), which ldm does not have; "
-                      f"taking 'dpmpp_2m'.", stacklevel=2)
+        warnings.warn(f"The model's scheduler is {kind} (algorithm {algorithm}, order {order}), "
+                      f"which ldm does not have; taking 'dpmpp_2m'.", stacklevel=2)
     return name or "dpmpp_2m"

@@ -1,4 +1,4 @@
-"""Methods of first order. In the units x = x₀ + σ·ε, three famous samplers are one line and its stochastic form.
+"""Methods of first order. In the units x = x₀ + σ·ε, famous samplers are one line and its stochastic form.
 
     DDIM (η = 0)  =  Euler's method
     DDPM          =  DDIM with η = 1  =  Euler ancestral
@@ -14,7 +14,11 @@ from ..denoiser import Denoise
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Iterator[Tensor]:
-    """Euler's method on dx/dσ = (x − D(x; σ))/σ (EDM Eq. 1 and 3). DDIM with η = 0 (Song et al. 2020, Eq. 13–14)."""
+    """Euler's method on dx/dσ = (x − D(x; σ))/σ.
+
+    The equation is EDM's (Karras et al. 2022, Eq. 1 and 3). A step is that of DDIM with η = 0: Song et al.
+    2020, Eq. 13 and 14.
+    """
     for sigma, following in pairwise(sigmas):
         eps = (x - denoise(x, sigma)) / sigma
         x   = x + (following - sigma) * eps
@@ -23,13 +27,16 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Iterator[Tens
 
 def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Callable[[int], Tensor],
                     eta: float = 1.0) -> Iterator[Tensor]:
-    """DDIM with any η (Song et al. 2020, Eq. 12 and 16); η = 1 is DDPM (Ho et al. 2020, Algorithm 2 with β̃).
+    """DDIM with η in [0, 1] (Song et al. 2020, Eq. 12 and 16); η = 1 is DDPM (Ho et al. 2020, Algorithm 2).
 
-    Instead of going down to σ' it goes further, to σ_down, and comes back up with fresh noise of σ_up, such that
-    σ_down² + σ_up² = σ'². With σ_up² = η²·σ'²(σ² − σ'²)/σ² this is, for η = 1, the exact posterior q(x'|x, x₀) with D for x₀.
+    Instead of going down to σ' it goes further, to σ_down, and comes back up with fresh noise of σ_up, such
+    that σ_down² + σ_up² = σ'². With σ_up² = η²·σ'²(σ² − σ'²)/σ² this is, for η = 1, the exact posterior
+    q(x'|x, x₀) with D for x₀ (DDPM Eq. 6 and 7: the variance is β̃).
 
     noise: i → standard normal like x, for step i = 0, 1, …
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is in [0, 1]; got {eta}.")
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         up   = eta * following * (1 - (following / sigma) ** 2) ** 0.5
         down = (following**2 - up**2) ** 0.5

@@ -10,12 +10,14 @@ from ..denoiser import Denoise
 def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Callable[[int], Tensor] | None = None,
          churn: float = 0.0, churn_min: float = 0.0, churn_max: float = float("inf"),
          churn_noise: float = 1.0) -> Iterator[Tensor]:
-    """EDM Algorithm 2 (Karras et al. 2022), which is its Algorithm 1 when churn is 0. Second order; two calls of the
-    network a step, one in the last step when that ends at σ = 0.
+    """EDM Algorithm 2 (Karras et al. 2022), which is its Algorithm 1 when churn is 0.
 
-    churn, churn_min, churn_max, churn_noise: the paper's S_churn, S_tmin, S_tmax and S_noise. With churn, each step
-        first raises the noise from σ to σ̂ = σ(1 + γ), γ = min(churn/steps, √2 − 1).
-    noise: i → standard normal like x, for step i; needed when churn > 0.
+    Second order; two calls of the network a step, one in the last step when that ends at σ = 0.
+
+    churn, churn_min, churn_max, churn_noise: the paper's S_churn, S_tmin, S_tmax and S_noise. With churn,
+        each step from a σ in [churn_min, churn_max] first raises the noise to σ̂ = σ(1 + γ), where
+        γ = min(churn/steps, √2 − 1).
+    noise: i → standard normal like x, for step i; without it, a churn > 0 is a ValueError.
     """
     steps = len(sigmas) - 1
     for i, (sigma, following) in enumerate(pairwise(sigmas)):

@@ -1,14 +1,15 @@
-"""Linear multistep methods (Adams–Bashforth) on ε: one call of the network a step, and the memory of earlier ones.
+"""Linear multistep methods (Adams–Bashforth) on ε: one call of the network a step, earlier ones remembered.
 
 K-LMS and PLMS are the same method,
 
     x' = x + (σ' − σ)·Σ_j w_j·ε_j        over the last four ε's, the newest first,
 
-with different weights w. K-LMS integrates the polynomial through (σ_j, ε_j) exactly. PLMS uses the textbook weights for
-equal steps, though the steps in σ are not equal, which makes it of second order. PNDM is PLMS after a Runge–Kutta start.
+with different weights w. K-LMS integrates the polynomial through (σ_j, ε_j) exactly. PLMS uses the textbook
+weights for equal steps, though the steps in σ are not equal, which makes it of second order. PNDM is PLMS
+after a Runge–Kutta start.
 
-In both, the transfer φ of the PNDM paper (Liu et al. 2022, Eq. 11) has become `x + (σ' − σ)·ε`: its ᾱ algebra is that
-step, written in the units of x_vp.
+In both, the transfer φ of the PNDM paper (Liu et al. 2022, from its Eq. 9) has become `x + (σ' − σ)·ε`: its
+ᾱ algebra is that step, written in the units of x_vp.
 
 Both count the history that they have, not the index of the step, so a run may start anywhere in a schedule.
 """
@@ -42,7 +43,10 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Sequence[float], order: int = 4) ->
 
 
 def lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
-    """∫ ℓ_j(σ) dσ from start to end, for each Lagrange basis polynomial ℓ_j on the nodes (one at node j, zero at the rest)."""
+    """∫ ℓ_j(σ) dσ from start to end, for each Lagrange basis polynomial ℓ_j on the nodes.
+
+    ℓ_j is one at node j, and zero at the rest.
+    """
     integrals = []
     for j, node in enumerate(nodes):
         others   = [other for i, other in enumerate(nodes) if i != j]
@@ -53,9 +57,10 @@ def lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> list
 
 
 def plms(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Iterator[Tensor]:
-    """PLMS: pseudo linear multistep (Liu et al. 2022, Algorithm 2 without the Runge–Kutta start), as Stable Diffusion uses it.
+    """PLMS, pseudo linear multistep, as Stable Diffusion uses it.
 
-    The first step is an Euler step to σ' and back, averaging both ε's (Heun's method), so N steps take N + 1 calls.
+    Liu et al. 2022, Algorithm 2, without the Runge–Kutta start. The first step is an Euler step to σ' and
+    back, averaging both ε's (Heun's method), so N steps take N + 1 calls, but a single one takes one.
     """
     first = (x - denoise(x, sigmas[0])) / sigmas[0]
     step  = sigmas[1] - sigmas[0]
@@ -70,16 +75,18 @@ def plms(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Iterator[Tenso
 
 def pndm(denoise: Denoise, x: Tensor, sigmas: Sequence[float],
          midpoint: Callable[[float, float], float] = lambda a, b: (a + b) / 2) -> Iterator[Tensor]:
-    """PNDM (F-PNDM): Liu et al. 2022, Algorithm 2. Three pseudo Runge–Kutta steps of four calls each, then PLMS.
+    """PNDM (F-PNDM): Liu et al. 2022, Algorithm 2.
 
-    midpoint: (σ, σ') → the σ in the middle of a Runge–Kutta step. The paper takes the middle in time t, which is what
-        `NoiseSchedule.midpoint` gives; the default is the middle in σ.
+    Three pseudo Runge–Kutta steps of four calls each, then PLMS.
+
+    midpoint: (σ, σ') → the σ in the middle of a Runge–Kutta step. The paper takes the middle in time t, which
+        is what `NoiseSchedule.midpoint` gives; the default is the middle in σ.
     """
     history: list[Tensor] = []
     for sigma, following in list(pairwise(sigmas))[:3]:
         middle = midpoint(sigma, following)
         half, full = middle - sigma, following - sigma
-        e1 = (x - denoise(x, sigma)) / sigma                                                  # Eq. 13
+        e1 = (x - denoise(x, sigma)) / sigma                                              # Eq. 13
         x1 = x + half * e1
         e2 = (x1 - denoise(x1, middle)) / middle
         x2 = x + half * e2
@@ -93,9 +100,11 @@ def pndm(denoise: Denoise, x: Tensor, sigmas: Sequence[float],
     yield from _adams_bashforth(denoise, x, sigmas[3:], history)
 
 
-def _adams_bashforth(denoise: Denoise, x: Tensor, sigmas: Sequence[float], history: list[Tensor]) -> Iterator[Tensor]:
+def _adams_bashforth(denoise: Denoise, x: Tensor, sigmas: Sequence[float],
+                     history: list[Tensor]) -> Iterator[Tensor]:
     for sigma, following in pairwise(sigmas):
         history = [(x - denoise(x, sigma)) / sigma, *history[:3]]
-        eps     = sum(weight * e for weight, e in zip(ADAMS_BASHFORTH[len(history) - 1], history, strict=True))
+        weights = ADAMS_BASHFORTH[len(history) - 1]
+        eps     = sum(weight * e for weight, e in zip(weights, history, strict=True))
         x       = x + (following - sigma) * eps
         yield x

@@ -26,8 +26,9 @@ def find(name: str | Path, *, revision: str | None = None, variant: str | None =
     revision: branch, tag or commit of a repository.
     variant:  the set of weights that is wanted, "fp16" say. A component without it gives its plain weights.
 
-    FileNotFoundError: no such folder, repository or revision, or not a pipeline. ValueError: no component has
-    the variant. PermissionError: a gated repository. ConnectionError: the download failed.
+    FileNotFoundError: no such folder, repository or revision, or not a pipeline.
+    ValueError: no component has the variant, or a revision is given for a folder.
+    PermissionError: a gated repository. ConnectionError: the download failed.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -62,8 +63,9 @@ def wanted(name: str, listing: Collection[str], variant: str | None) -> list[str
     """
     for needed in ("model_index.json", "unet/config.json", "vae/config.json"):
         if needed not in listing:
-            raise FileNotFoundError(f"{name} is not a pipeline of U-Net and autoencoder in Hugging Face layout: "
-                                    f"no {needed}, but {', '.join(sorted(listing)[:12]) or 'nothing'}")
+            raise FileNotFoundError(f"{name} is not a pipeline of U-Net and autoencoder in Hugging Face "
+                                    f"layout: no {needed}, but "
+                                    f"{', '.join(sorted(listing)[:12]) or 'nothing'}")
     _require_variant(name, listing, variant)
     files = [path for path in listing if any(fnmatchcase(path, pattern) for pattern in SMALL_FILES)]
     for part in WITH_WEIGHTS:
