@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from unittest import mock
 
 import diffusers
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ldm import Conditioning, Denoiser, NoiseSchedule
 from ldm.models import VAE, UNet, UNetConfig, VAEConfig
 from ldm.models.layers import timestep_embedding
-from ldm.schedulers import Row
+from ldm.schedulers import SCHEDULERS, Row
 
 diffusers.logging.set_verbosity_error()
 logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -29,15 +30,17 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
-# ── Networks ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Networks ────────────────────────────────────────────────────────────────────────────────────────────────
 
 # The published configurations, as the files have them, nulls included.
 _SD1 = json.loads("""{
-  "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
-  "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": false, "cross_attention_dim": 768,
+  "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu",
+  "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": false,
+  "cross_attention_dim": 768,
   "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-  "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
-  "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+  "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0, "in_channels": 4,
+  "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
+  "out_channels": 4, "sample_size": 64,
   "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
 }""")
 _XL = json.loads("""{
@@ -46,43 +49,50 @@ _XL = json.loads("""{
   "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "center_input_sample": false,
   "class_embed_type": null, "class_embeddings_concat": false, "conv_in_kernel": 3, "conv_out_kernel": 3,
   "cross_attention_dim": 2048, "cross_attention_norm": null,
-  "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "downsample_padding": 1,
-  "dual_cross_attention": false, "encoder_hid_dim": null, "encoder_hid_dim_type": null, "flip_sin_to_cos": true,
-  "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_only_cross_attention": null,
-  "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-05, "norm_num_groups": 32,
+  "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+  "downsample_padding": 1, "dual_cross_attention": false, "encoder_hid_dim": null,
+  "encoder_hid_dim_type": null, "flip_sin_to_cos": true, "freq_shift": 0, "in_channels": 4,
+  "layers_per_block": 2, "mid_block_only_cross_attention": null, "mid_block_scale_factor": 1,
+  "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-05, "norm_num_groups": 32,
   "num_attention_heads": null, "num_class_embeds": null, "only_cross_attention": false, "out_channels": 4,
-  "projection_class_embeddings_input_dim": 2816, "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": false,
-  "resnet_time_scale_shift": "default", "sample_size": 128, "time_cond_proj_dim": null, "time_embedding_act_fn": null,
-  "time_embedding_dim": null, "time_embedding_type": "positional", "timestep_post_act": null,
+  "projection_class_embeddings_input_dim": 2816, "resnet_out_scale_factor": 1.0,
+  "resnet_skip_time_act": false, "resnet_time_scale_shift": "default", "sample_size": 128,
+  "time_cond_proj_dim": null, "time_embedding_act_fn": null, "time_embedding_dim": null,
+  "time_embedding_type": "positional", "timestep_post_act": null,
   "transformer_layers_per_block": [1, 2, 10],
   "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "upcast_attention": null,
   "use_linear_projection": true
 }""")
-_SD2 = {**_SD1, "_diffusers_version": "0.10.0.dev0", "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024,
-        "dual_cross_attention": False, "num_class_embeds": None, "only_cross_attention": False, "sample_size": 96,
-        "upcast_attention": True, "use_linear_projection": True}
+_SD2 = {**_SD1, "_diffusers_version": "0.10.0.dev0", "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024, "dual_cross_attention": False, "num_class_embeds": None,
+        "only_cross_attention": False, "sample_size": 96, "upcast_attention": True,
+        "use_linear_projection": True}
 _REFINER = {**_XL, "attention_head_dim": [6, 12, 24, 24], "block_out_channels": [384, 768, 1536, 1536],
-            "cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560, "transformer_layers_per_block": 4,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}
+            "cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560,
+            "transformer_layers_per_block": 4,
+            "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2, "DownBlock2D"],
+            "up_block_types":   ["UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"]}
 _SD1_INPAINT = {**_SD1, "in_channels": 9, "sample_size": 32}
 
-UNETS = {"SD 1.5": _SD1, "SD 1.5 inpaint": _SD1_INPAINT, "SD 2.1": _SD2, "SDXL base": _XL, "SDXL refiner": _REFINER}
+UNETS = {"SD 1.5": _SD1, "SD 1.5 inpaint": _SD1_INPAINT, "SD 2.1": _SD2,
+         "SDXL base": _XL, "SDXL refiner": _REFINER}
 
 SD_VAE = json.loads("""{
   "_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "act_fn": "silu",
   "block_out_channels": [128, 256, 512, 512],
-  "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
+  "down_block_types": [
+    "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
   "in_channels": 3, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3,
   "sample_size": 512,
   "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
 }""")
-SDXL_VAE = {**SD_VAE, "_diffusers_version": "0.20.0.dev0", "force_upcast": True, "latents_mean": None, "latents_std": None,
-            "sample_size": 1024, "scaling_factor": 0.13025}
+SDXL_VAE = {**SD_VAE, "_diffusers_version": "0.20.0.dev0", "force_upcast": True,
+            "latents_mean": None, "latents_std": None, "sample_size": 1024, "scaling_factor": 0.13025}
 
 # The same architectures, small enough to compute with.
 _POOLED  = 20         # width of SDXL's pooled text
-_SMALL_1 = {"block_out_channels": [16, 32, 32, 32], "attention_head_dim": 4, "norm_num_groups": 8, "cross_attention_dim": 24}
+_SMALL_1 = {"block_out_channels": [16, 32, 32, 32], "attention_head_dim": 4, "norm_num_groups": 8,
+            "cross_attention_dim": 24}
 TINY_UNETS = {
     "SD 1.5":         {**UNETS["SD 1.5"], **_SMALL_1},
     "SD 1.5 inpaint": {**UNETS["SD 1.5 inpaint"], **_SMALL_1},
@@ -90,10 +100,12 @@ TINY_UNETS = {
                        "attention_head_dim": [2, 4, 8, 8]},
     "SDXL base":      {**UNETS["SDXL base"], **_SMALL_1, "block_out_channels": [16, 32, 64],
                        "attention_head_dim": [1, 2, 4], "transformer_layers_per_block": [1, 2, 3],
-                       "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": _POOLED + 6 * 8},
+                       "addition_time_embed_dim": 8,
+                       "projection_class_embeddings_input_dim": _POOLED + 6 * 8},
     "SDXL refiner":   {**UNETS["SDXL refiner"], **_SMALL_1, "block_out_channels": [16, 32, 48, 48],
                        "attention_head_dim": [1, 2, 3, 3], "transformer_layers_per_block": 2,
-                       "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": _POOLED + 5 * 8},
+                       "addition_time_embed_dim": 8,
+                       "projection_class_embeddings_input_dim": _POOLED + 5 * 8},
 }
 _SMALL_VAE = {"block_out_channels": [8, 16, 16, 24], "norm_num_groups": 4}
 TINY_VAES = {
@@ -106,7 +118,7 @@ TINY_VAES = {
 
 
 def same_weights(theirs: nn.Module, ours: nn.Module) -> None:
-    """Fills both with the same random weights, norms and biases included, so that no two tensors can be confused."""
+    """Fills both with the same random weights, norms and biases too: no two tensors can be confused."""
     generator = torch.Generator().manual_seed(0)
     for parameter in theirs.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -125,7 +137,8 @@ def unet_pair(config: dict, dtype: torch.dtype) -> tuple[nn.Module, UNet]:
 def unet_inputs(config: dict, dtype: torch.dtype, size: tuple[int, int], count: int = 2) -> tuple[dict, dict]:
     """The same random inputs as keyword arguments (for diffusers' U-Net, for ours)."""
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+        generator = torch.Generator().manual_seed(sum(shape))
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
     x, t    = random(count, config["in_channels"], *size), torch.linspace(1, 801.5, count, dtype=dtype)
     context = random(count, 7, config["cross_attention_dim"])
     theirs  = {"sample": x, "timestep": t, "encoder_hidden_states": context}
@@ -135,7 +148,8 @@ def unet_inputs(config: dict, dtype: torch.dtype, size: tuple[int, int], count: 
         pooled  = random(count, _POOLED)
         sizes   = torch.arange(count * numbers, dtype=torch.float32).reshape(count, numbers) * 97
         theirs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
-        ours["vector"] = torch.cat([pooled, timestep_embedding(sizes.flatten(), width).reshape(count, -1).to(dtype)], dim=1)
+        features = timestep_embedding(sizes.flatten(), width).reshape(count, -1)
+        ours["vector"] = torch.cat([pooled, features.to(dtype)], dim=1)
     return theirs, ours
 
 
@@ -159,13 +173,14 @@ def vae_pair(config: dict, dtype: torch.dtype) -> tuple[nn.Module, VAE]:
 
 @torch.no_grad()
 def vae_differences(family: str, dtype: torch.dtype, size: tuple[int, int]) -> dict[str, float]:
-    """The mean, the standard deviation and a decoded picture of a tiny autoencoder against diffusers', in its pipelines' units."""
+    """Mean, standard deviation and decoded picture of a tiny autoencoder against diffusers' pipelines."""
     config = TINY_VAES[family]
     theirs, ours = vae_pair(config, dtype)
     factor, shift = theirs.config.scaling_factor, theirs.config.shift_factor or 0
-    pictures = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype) * 2 - 1
-    latents  = torch.randn(2, config["latent_channels"], size[0] // 8, size[1] // 8,
-                           generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    shape    = (2, config["latent_channels"], size[0] // 8, size[1] // 8)
+    latents  = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    pictures = torch.rand(2, 3, *size, generator=generator, dtype=torch.float64).to(dtype) * 2 - 1
     mean, std = ours.encode(pictures)
     posterior = theirs.encode(pictures).latent_dist
     return {"mean":   relative(mean, (posterior.mean - shift) * factor),
@@ -173,7 +188,7 @@ def vae_differences(family: str, dtype: torch.dtype, size: tuple[int, int]) -> d
             "decode": relative(ours.decode(latents), theirs.decode(latents / factor + shift).sample)}
 
 
-# ── Schedulers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Schedulers ──────────────────────────────────────────────────────────────────────────────────────────────
 
 # What every Stable Diffusion's scheduler_config.json says.
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -189,33 +204,35 @@ Network = Callable[..., Tensor]
 
 def config_of(spacing: str | None = None, prediction: str = "epsilon", **more: object) -> dict:
     """SD's scheduler_config.json with a spacing or a ramp written into it as diffusers does."""
-    ramp = {f"use_{spacing}_sigmas": True} if spacing in RAMPS else {"timestep_spacing": spacing} if spacing else {}
-    return {**SD, "prediction_type": prediction, **ramp, **more}
+    says = {f"use_{spacing}_sigmas": True} if spacing in RAMPS else {"timestep_spacing": spacing}
+    return {**SD, "prediction_type": prediction, **(says if spacing else {}), **more}
 
 
 def their_scheduler(row: Row, config: dict, **arguments: object):
     """The scheduler of diffusers that a row of our table names, made from a scheduler_config.json."""
     call = ast.parse(row.diffusers if "(" in row.diffusers else f"{row.diffusers}()", mode="eval").body
     named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    return getattr(diffusers, call.func.id).from_config({**config, **named, **arguments})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)        # "dpmsolver" is deprecated there
+        return getattr(diffusers, call.func.id).from_config({**config, **named, **arguments})
 
 
 _MIXING = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 8**0.5
 
 
-def curved(x: Tensor, t: Tensor | float, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+def curved(x: Tensor, t: Tensor | float, *_: object) -> Tensor:
     """A network on states (N, 8) that is linear in nothing: neither in x nor in the time."""
     return 0.7 * x + 0.6 * torch.tanh(x @ _MIXING + math.sin(float(t) / 300))
 
 
-def curved_timeless(x: Tensor, t: Tensor | float, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+def curved_timeless(x: Tensor, *_: object) -> Tensor:
     """The same without the time."""
     return 0.7 * x + 0.6 * torch.tanh(x @ _MIXING)
 
 
 @dataclass
 class Run:
-    """The end of a run, as x_vp where the scheduler's class works in x_vp, and the times at which it called the network."""
+    """The end of a run (x_vp where diffusers' class works in x_vp), and when it called the network."""
     x: Tensor
     times: list[float]
 
@@ -226,8 +243,9 @@ def draws(count: int, shape: tuple[int, ...] = (1, 8)) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
-def run_theirs(row: Row, config: dict, steps: int, network: Network = curved, *, x: Tensor | None = None, skip: int = 0,
-               options: dict | None = None, **arguments: object) -> Run:
+def run_theirs(row: Row, config: dict, steps: int, network: Network = curved, *,
+               x: Tensor | None = None, skip: int = 0, options: dict | None = None,
+               **arguments: object) -> Run:
     """A run of diffusers' scheduler as its pipelines do it.
 
     x:       the state to start from in the scheduler's own units; None: noise.
@@ -243,16 +261,17 @@ def run_theirs(row: Row, config: dict, steps: int, network: Network = curved, *,
         scheduler.set_begin_index(skip * scheduler.order)
     times  = scheduler.timesteps[skip * scheduler.order:]
     module = sys.modules[type(scheduler).__module__]
-    with mock.patch.object(module, "randn_tensor", lambda *_, **__: next(fresh), create=True):
+    with mock.patch.object(module, "randn_tensor", side_effect=lambda *_, **__: next(fresh), create=True):
         for t in times:
             output = network(scheduler.scale_model_input(x, t), t)
             x = scheduler.step(output, t, x, **(options or {})).prev_sample
     return Run(x, [float(t) for t in times])
 
 
-def run_ours(row: Row, config: dict, steps: int, network: Network = curved, *, x: Tensor | None = None, skip: int = 0,
-             options: dict | None = None) -> Run:
-    """A run of ours from the same start; x is x₀ + σ·ε here."""
+def run_ours(row: Row, config: dict, steps: int, network: Network = curved, *,
+             x: Tensor | None = None, skip: int = 0, options: dict | None = None,
+             sigmas: list[float] | None = None) -> Run:
+    """A run of ours from the same start; x is x₀ + σ·ε here. sigmas: instead of those of the row."""
     times: list[float] = []
 
     def recorded(x: Tensor, t: Tensor, *rest: Tensor | None) -> Tensor:
@@ -260,17 +279,88 @@ def run_ours(row: Row, config: dict, steps: int, network: Network = curved, *, x
         return network(x, t, *rest)
 
     schedule = NoiseSchedule.from_hf(config)
-    sigmas   = row.sigmas(schedule, steps, config=config)[skip:]
+    sigmas   = (row.sigmas(schedule, steps, config=config) if sigmas is None else sigmas)[skip:]
     denoiser = Denoiser(recorded, schedule, config["prediction_type"], row.whole)
     nothing  = Conditioning(torch.zeros(1, 1, 1, dtype=torch.float64))
     noise    = draws(steps + 1)
     x        = noise[0] * row.start_scale(sigmas[0], config=config) if x is None else x
-    named    = {**row.options(schedule), **({"noise": lambda i: noise[i + 1]} if row.stochastic else {}), **(options or {})}
+    drawn    = {"noise": lambda i: noise[i + 1]} if row.stochastic else {}
+    named    = {**row.options(schedule), **drawn, **(options or {})}
     *_, x    = row.function(lambda x, sigma: denoiser(x, sigma, nothing), x, sigmas, **named)
     return Run(x / (1 + sigmas[-1] ** 2) ** 0.5 if row.start_vp else x, times)
 
 
-# ── A problem with a known answer ─────────────────────────────────────────────────────────────────────────────────────
+def as_epsilon(network: Network, prediction: str) -> Network:
+    """A network that tells v or x₀, made to tell the ε that follows; for classes that only know ε."""
+    def converted(x_vp: Tensor, t: Tensor | float) -> Tensor:
+        sigma  = SD_SCHEDULE.sigma(float(t))
+        a, s   = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5              # √ᾱ, √(1−ᾱ)
+        output = network(x_vp, t)
+        return {"epsilon":      output,
+                "v_prediction": a * output + s * x_vp,
+                "sample":       (x_vp - a * output) / s}[prediction]
+    return converted
+
+
+STEPS = (1, 2, 3, 5, 20, 50)
+
+
+def differs_on_purpose(name: str, spacing: str, steps: int) -> str | None:
+    """Why a run of ours is not diffusers'; each has its own test in test_schedulers.py. None: it is."""
+    uneven = spacing == "linspace" or spacing == "trailing" and 1000 % steps
+    if name in ("ddim", "pndm", "pndm_prk") and uneven:
+        return "diffusers steps to t − ⌊T/N⌋, not to the next time of its list (its issue 9261)"
+    if name == "pndm_prk" and steps < 4:
+        return "diffusers raises where there are fewer steps than a Runge–Kutta start takes"
+    if name in ("euler", "heun", "lms") and spacing in RAMPS and steps == 1:
+        return "diffusers starts a single step at σ_min"
+    if name in ("dpm", "dpm_3") and spacing in RAMPS and steps > 1:
+        return "diffusers has σ_min twice, and a last step of length zero"
+    if name.startswith("dpmpp") and spacing == "beta" and steps == 50:
+        return "diffusers raises where two times are cut off to the same whole one"
+    return None
+
+
+@dataclass
+class Comparison:
+    difference: float           # of the ends
+    calls: tuple[int, int]      # of the network: ours, theirs
+    times: float                # largest difference of the times at which the network was called
+
+
+def compare(name: str, spacing: str, prediction: str, steps: int) -> Comparison:
+    """The same run by diffusers' scheduler and by ours.
+
+    With a ramp the times differ a little (see `test_ramps_are_those_of_diffusers`), so the network then
+    ignores them.
+    """
+    row     = SCHEDULERS[name]
+    config  = config_of(spacing, prediction)
+    network = curved_timeless if spacing in RAMPS else curved
+    ours    = run_ours(row, config, steps, network)
+    if name.startswith("pndm") or (name, prediction) == ("euler_a", "sample"):      # test_pndm_takes_epsilon
+        theirs = run_theirs(row, config_of(spacing), steps, as_epsilon(network, prediction))
+    else:
+        theirs = run_theirs(row, config, steps, network)
+    return Comparison(relative(ours.x, theirs.x), (len(ours.times), len(theirs.times)),
+                      max(abs(a - b) for a, b in zip(ours.times, theirs.times, strict=False)))
+
+
+def tolerances(name: str, spacing: str, prediction: str) -> tuple[float, float]:
+    """(relative difference, times) that `compare` may find.
+
+    diffusers' σ's are float32, off by 1.3e-5 at σ_min; the slope of an x₀-model, (x − x₀)/σ, feels that most.
+    """
+    whole = SCHEDULERS[name].whole
+    times = 1e-3 if spacing in SPACINGS else 0.05 if not whole else 0 if spacing == "karras" else 1
+    return 5e-5 if prediction == "sample" else 2e-5 if spacing in RAMPS else 1e-5, times
+
+
+# ── A problem with a known answer ───────────────────────────────────────────────────────────────────────────
+
+def _double(*numbers: float) -> Tensor:
+    return torch.tensor([numbers], dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -278,8 +368,8 @@ class Gaussian:
 
     The defaults are two narrow, two wide ones, off the centre.
     """
-    mean: Tensor = torch.tensor([[0.3, -1.2, 2.0, 0.5]], dtype=torch.float64)
-    std: Tensor  = torch.tensor([[0.5, 1.0, 0.2, 1.5]], dtype=torch.float64)
+    mean: Tensor = field(default_factory=lambda: _double(0.3, -1.2, 2.0, 0.5))
+    std: Tensor  = field(default_factory=lambda: _double(0.5, 1.0, 0.2, 1.5))
 
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         """D(x; σ) = E[x₀ | x]."""
@@ -291,12 +381,11 @@ class Gaussian:
 
     def state(self, sigma: float) -> Tensor:
         """A state that is as far from the mean as is usual at σ."""
-        far = torch.tensor([[1.0, -0.7, 0.4, -1.3]], dtype=torch.float64)
-        return self.mean + far * (self.std**2 + sigma**2).sqrt()
+        return self.mean + _double(1.0, -0.7, 0.4, -1.3) * (self.std**2 + sigma**2).sqrt()
 
     def network(self, schedule: NoiseSchedule, prediction: str = "epsilon") -> Network:
         """The perfect network: what a trained one would answer, from x_vp and t."""
-        def perfect(x_vp: Tensor, t: Tensor | float, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+        def perfect(x_vp: Tensor, t: Tensor | float, *_: object) -> Tensor:
             sigma = schedule.sigma(float(t))
             root  = (1 + sigma**2) ** 0.5
             x     = x_vp * root

@@ -1,0 +1,99 @@
+"""The model inside the package: its files, and that it draws what it is asked for."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ldm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "embedded"))
+
+import checker
+
+FOLDER = Path(ldm.__file__).parent / "assets" / "shapes"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ldm.load(device="cpu")
+
+
+def test_the_folder_is_small_and_in_half_precision():
+    from safetensors import safe_open
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 24e6
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    assert sorted(file.parent.name for file in weights) == ["text_encoder", "unet", "vae"]
+    for file in weights:
+        with safe_open(file, "pt") as tensors:
+            assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_the_model_card_tells_how_the_weights_came_to_be():
+    card = (FOLDER / "README.md").read_text()
+    for word in ("## Training", "| U-Net |", "| text encoder |", "## Measured", "## Limits"):
+        assert word in card
+
+
+def test_defaults_come_from_the_folder(pipe):
+    index = json.loads((FOLDER / "model_index.json").read_text())
+    assert (pipe.defaults.steps, pipe.defaults.guidance_scale) == tuple(index["_ldm"].values())
+    assert pipe.prediction == "v_prediction"
+    size = json.loads((FOLDER / "vae" / "config.json").read_text())["sample_size"]
+    assert (pipe.defaults.height, pipe.defaults.width) == (size, size)
+
+
+TEXTS = ["a red circle", "", "Ein Bär läuft über die Straße", "赤い円 🔴", "x" * 500, "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokenizer_takes_any_text(pipe, text):
+    length = pipe.text.max_tokens
+    ids = pipe.text.tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids
+    assert len(ids) == length
+    assert ids[0] == pipe.text.tokenizer.bos_token_id
+    assert pipe.text.tokenizer.eos_token_id in ids
+
+
+def test_words_of_the_captions_are_single_tokens_and_others_survive_the_round_trip(pipe):
+    tokenizer = pipe.text.tokenizer
+    for word in ("red", "purple", "triangle", "above", "left", "background", "striped"):
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1
+    text = "a zebra, läuft 42 times!"
+    back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+    assert back.replace(" ", "") == text.replace(" ", "")
+
+
+def test_the_text_encoder_pools_at_the_end_of_the_text(pipe):
+    tokenizer, model = pipe.text.tokenizer, pipe.text.model
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    ids = tokenizer("a red circle", padding="max_length", max_length=pipe.text.max_tokens,
+                    return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model(ids)
+    end = ids[0].tolist().index(tokenizer.eos_token_id)
+    torch.testing.assert_close(out.pooler_output[0], out.last_hidden_state[0, end])
+
+
+def test_it_draws_a_red_circle_on_a_blue_background(pipe):
+    readings = [checker.read(image) for image in
+                ldm.sample("a red circle on a blue background", pipe, num_images=4, progress=False)]
+    right = [reading for reading in readings if reading.background == "blue" and
+             [(thing.colour, thing.shape) for thing in reading.things] == [("red", "circle")]]
+    assert len(right) >= 3, readings
+
+
+def test_diffusers_loads_the_folder_and_draws_the_same(pipe):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, safety_checker=None,
+                                                               torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    prompt = "a red circle on a blue background"
+    scale, steps = pipe.defaults.guidance_scale, pipe.defaults.steps
+    expected = theirs(prompt, num_inference_steps=steps, guidance_scale=scale, output_type="np",
+                      generator=torch.Generator().manual_seed(5)).images
+    found = ldm.sample(prompt, pipe, seed=5, output_type="np", progress=False)
+    assert found.shape == expected.shape
+    assert abs(torch.from_numpy(found) - torch.from_numpy(expected)).max() < 1e-3

@@ -1,0 +1,142 @@
+"""The picture world, its captions, and the checker that reads pictures."""
+import sys
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "embedded"))
+
+import checker
+import world
+from world import COLOURS, HELD_OUT, SHAPES, Scene, Thing, caption, random_scene, render
+
+
+def thing(colour="red", shape="circle", size="large", texture="plain", place=(1, 1), x=.5, y=.5, radius=.22):
+    return Thing(colour, shape, size, texture, place, x, y, radius)
+
+
+def test_training_never_sees_what_is_held_out_and_held_out_scenes_show_nothing_else():
+    rng = Random(0)
+    for _ in range(3000):
+        kinds = [(t.colour, t.shape) for t in random_scene(rng).things]
+        assert not set(kinds) & HELD_OUT["combinations"]
+        assert frozenset(kinds) not in HELD_OUT["pairs"]
+    for _ in range(300):
+        assert (*_kinds(random_scene(rng, held_out=True, count=1)),)[0] in HELD_OUT["combinations"]
+        assert frozenset(_kinds(random_scene(rng, held_out=True, count=2))) in HELD_OUT["pairs"]
+
+
+def _kinds(scene):
+    return [(t.colour, t.shape) for t in scene.things]
+
+
+def test_held_out_names_exist_and_pairs_are_made_of_trained_combinations():
+    for colour, shape in HELD_OUT["combinations"]:
+        assert (colour in COLOURS, shape in SHAPES) == (True, True)
+    for pair in HELD_OUT["pairs"]:
+        assert len(pair) == 2
+        assert not pair & HELD_OUT["combinations"]
+        assert all(colour in COLOURS and shape in SHAPES for colour, shape in pair)
+
+
+def test_the_same_seed_is_the_same_scene_caption_and_picture():
+    a, b = (random_scene(Random(7)) for _ in range(2))
+    assert a == b
+    assert caption(a, Random(1)) == caption(b, Random(1))
+    assert render(a, 64).tobytes() == render(b, 64).tobytes()
+
+
+def test_things_stay_inside_and_do_not_touch():
+    rng = Random(1)
+    for _ in range(2000):
+        scene = random_scene(rng)
+        for t in scene.things:
+            assert min(t.x, t.y) - t.radius > .02
+            assert max(t.x, t.y) + t.radius < .98
+        if len(scene.things) == 2:
+            a, b = scene.things
+            assert max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius
+
+
+def test_a_picture_has_the_colours_it_should_and_smooth_edges():
+    picture = np.asarray(render(Scene((thing(),), "blue"), 64)).astype(int)
+    assert (tuple(picture[32, 32]), tuple(picture[2, 2])) == (COLOURS["red"], COLOURS["blue"])
+    inside = (picture == COLOURS["red"]).all(-1).sum()
+    outside = (picture == COLOURS["blue"]).all(-1).sum()
+    assert 30 < 64 * 64 - inside - outside < 300                        # a rim of blended pixels
+    difference = np.abs(np.subtract(COLOURS["red"], COLOURS["blue"])).sum()
+    share = np.abs(picture - COLOURS["blue"]).sum() / difference / 64**2
+    assert share == pytest.approx(np.pi * (.95 * .22)**2, rel=.02)      # their weights add up to the circle
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_keeps_to_its_radius(shape):
+    points = np.concatenate([np.array(polygon) for polygon, _ in world.outline(shape)])
+    assert .7 < np.abs(points).max() <= 1.07
+
+
+def test_unknown_shapes_are_refused():
+    with pytest.raises(ValueError, match="circle, square"):
+        world.outline("pentagon")
+
+
+def test_captions_say_the_relation_the_right_way_round():
+    above = Scene((thing("red", "circle", place=(1, 0), y=.26),
+                   thing("blue", "square", place=(1, 2), y=.74)), "white")
+    rng, seen = Random(0), 0
+    for _ in range(3000):
+        text = caption(above, rng).lower()
+        for word, first, second in ((" above ", "red", "blue"), (" below ", "blue", "red"),
+                                    (" under ", "blue", "red")):
+            a, found, b = text.partition(word)
+            if found and not b.startswith("it"):                  # "below it a square" is the other way round
+                seen += first in a and second in b
+                assert not (second in a and first in b), text
+    assert seen > 300
+
+
+def test_captions_vary_and_leave_things_out():
+    scene = Scene((thing(size="small", radius=.11),), "green")
+    texts = [caption(scene, Random(i)).lower() for i in range(500)]
+    assert len(set(texts)) > 250
+    for word, at_least, at_most in (("red", .85, .98), ("green", .8, .97), ("background", .5, .97)):
+        assert at_least < sum(word in text for text in texts) / 500 < at_most
+    assert all(text.isascii() and "  " not in text for text in texts)
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_the_checker_reads_rendered_scenes(size):
+    wrong = []
+    for k in range(150):
+        scene = random_scene(Random(k))
+        reading = checker.read(render(scene, size))
+        things = checker.agrees(scene, reading, "colour", "shape", "size", "place")
+        if reading.background != scene.background or not things:
+            wrong.append((scene, reading))
+    assert len(wrong) <= 1, wrong
+
+
+def test_the_checker_sees_what_is_wrong():
+    right = Scene((thing("red", "circle", place=(0, 1), x=.26),
+                   thing("blue", "square", "small", place=(2, 1), x=.74, radius=.11)), "white")
+    kept = right.things[0]
+    others = {
+        "colour": Scene((kept, thing("green", "square", "small", place=(2, 1), x=.74, radius=.11)), "white"),
+        "shape":  Scene((kept, thing("blue", "star", "small", place=(2, 1), x=.74, radius=.11)), "white"),
+        "size":   Scene((kept, thing("blue", "square", "large", place=(2, 1), x=.74, radius=.21)), "white"),
+        "place":  Scene((kept, thing("blue", "square", "small", place=(2, 0), x=.74, y=.26, radius=.11)),
+                        "white"),
+    }
+    for attribute, scene in others.items():
+        reading = checker.read(render(scene, 128))
+        assert not checker.agrees(right, reading, attribute)
+        assert all(checker.agrees(right, reading, other) for other in others if other != attribute), attribute
+    assert not checker.agrees(right, checker.read(render(Scene(right.things[:1], "white"), 128)), "colour")
+    assert checker.read(render(Scene(right.things, "yellow"), 128)).background == "yellow"
+
+
+def test_an_empty_picture_has_no_things():
+    reading = checker.read(render(Scene((), "purple"), 128))
+    assert reading == checker.Reading("purple", ())
