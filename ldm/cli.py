@@ -1,7 +1,6 @@
 """The command `ldm`: a prompt in, PNG files out, each of which remembers how it was made.
 
-A first word that names a command of its own is that command; everything else is a prompt. Whoever wants a picture of
-just that one word writes `ldm -- WORD`.
+Everything that is not a flag is the prompt.
 """
 import argparse
 import sys
@@ -14,22 +13,25 @@ from typing import Any
 
 import ldm
 
-# Nothing above loads torch: that happens where a picture is made, so that --help and mistyped flags answer at once.
+# Nothing above loads torch: that happens where a picture is made, so that --help and mistyped flags answer
+# at once.
 
 # What a picture remembers: the parameters of ldm.sample, those of ldm.load, and whether it is a grid.
-SAMPLE_PARAMETERS = ("negative_prompt", "scheduler", "spacing", "steps", "guidance_scale", "seed", "num_images",
-                     "height", "width")
+SAMPLE_PARAMETERS = ("negative_prompt", "scheduler", "spacing", "steps", "guidance_scale", "seed",
+                     "num_images", "height", "width")
 LOAD_PARAMETERS   = ("variant", "revision", "dtype")
 RECORDED          = ("prompt", "model", *SAMPLE_PARAMETERS, *LOAD_PARAMETERS, "grid")
 
 USAGE  = """ldm PROMPT [-o FILE] [options]
        ldm --from FILE [-o FILE] [options]"""
 EPILOG = """\
-Files: -o FILE replaces FILE if it exists. Without -o the pictures are written to ldm-1.png, ldm-2.png … in the current
-folder, the first names that are free. With -n and -o out.png they are out-0.png, out-1.png …, or one grid with --grid.
+Files: -o FILE replaces FILE if it exists. Without -o the pictures are written to ldm-1.png,
+ldm-2.png … in the current folder, the first names that are free. With -n and -o out.png they are
+out-0.png, out-1.png …, or one sheet in out.png with --grid.
 
-Seeds: picture i of a call has the seed SEED + i, and its file says so: `ldm --from out-2.png` makes that one again,
-alone. Device and file name are not taken over from the file; a model's folder is, as it was written.
+Seeds: picture i of a call has the seed SEED + i, and its file says so: `ldm --from out-2.png`
+makes that one again, alone. Device and file name are not taken over from the file; a model's
+folder is, as it was written.
 
 examples:
   ldm "a red circle on a blue background" -o circle.png
@@ -42,8 +44,9 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """The flags. One that is not given does not appear in the result, so that --from can fill it in."""
     p = argparse.ArgumentParser(
-        prog="ldm", usage=USAGE, description="Make pictures from a prompt by latent diffusion.", epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        prog="ldm", usage=USAGE, description="Make pictures from a prompt by latent diffusion.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     p.add_argument("prompt", nargs="?", help="what to show, in quotes")
     p.add_argument("-o", "--output", metavar="FILE", type=Path, help="the PNG to write (see below)")
@@ -58,20 +61,24 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("-n", "--num-images", metavar="N", type=int, help="how many pictures (default 1)")
     what.add_argument("--height", metavar="PIXELS", type=int, help="a multiple of 8 (default: the model's)")
     what.add_argument("--width", metavar="PIXELS", type=int, help="a multiple of 8 (default: the model's)")
-    what.add_argument("--grid", action=argparse.BooleanOptionalAction, help="write one sheet instead of several files")
+    what.add_argument("--grid", action=argparse.BooleanOptionalAction,
+                      help="write one sheet instead of several files")
 
     how = p.add_argument_group("sampling")
     how.add_argument("--scheduler", metavar="NAME", help="see --list-schedulers (default: the model's)")
     how.add_argument("--steps", metavar="N", type=int, help="steps of the scheduler (default: the model's)")
     how.add_argument("--guidance", metavar="SCALE", dest="guidance_scale", type=float,
                      help="scale of classifier-free guidance, 1 for none (default: the model's)")
-    how.add_argument("--spacing", metavar="NAME", help="where the steps lie: leading, trailing, linspace, karras …")
+    how.add_argument("--spacing", metavar="NAME",
+                     help="where the steps lie: leading, trailing, linspace, karras …")
 
     model = p.add_argument_group("model")
-    model.add_argument("--model", metavar="NAME", help="hub id or folder (default: the small model inside the package)")
+    model.add_argument("--model", metavar="NAME",
+                       help="hub id or folder (default: the small model inside the package)")
     model.add_argument("--variant", metavar="NAME", help="flavour of the weight files, such as fp16")
     model.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
-    model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps … (default: the fastest there is)")
+    model.add_argument("--device", metavar="NAME",
+                       help="cpu, cuda, cuda:1, mps … (default: the fastest there is)")
     model.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
 
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no file names")
@@ -80,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C. Wrong flags exit with 2."""
+    """Run the command; returns the exit status: 0, 1 after an error, 2 for wrong flags, 130 after Ctrl-C."""
     flags = parser()
     parsed, rest = flags.parse_known_args(argv)
     given = vars(parsed)
@@ -92,8 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags.error(problem)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"ldm: warning: {message}", file=sys.stderr)
-            list_schedulers() if "list_schedulers" in given else make_pictures(given)
+            warnings.showwarning = lambda message, *_, **__: print("ldm: warning:", message, file=sys.stderr)
+            if "list_schedulers" in given:
+                list_schedulers()
+            else:
+                make_pictures(given)
     except KeyboardInterrupt:
         print("ldm: stopped", file=sys.stderr)
         return 130
@@ -138,8 +148,8 @@ def restore(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} was made by ldm {version} with {', '.join(sorted(unknown))}, which ldm "
                          f"{ldm.__version__} does not know: make it again with that version")
     if version != ldm.__version__:
-        warnings.warn(f"{path} was made by ldm {version} and this is {ldm.__version__}: the picture may differ",
-                      stacklevel=2)
+        warnings.warn(f"{path} was made by ldm {version} and this is {ldm.__version__}: "
+                      f"the picture may differ", stacklevel=2)
     return parameters
 
 
@@ -148,7 +158,7 @@ def output_problem(output: Path | None) -> str | None:
     if output is None:
         return None
     if output.suffix.lower() != ".png":
-        return f"-o {output}: the name must end in .png, the format that keeps the parameters beside the picture"
+        return f"-o {output}: the name must end in .png, the format that keeps the parameters too"
     if not output.parent.is_dir():
         return f"-o {output}: there is no folder {output.parent}"
     return None
@@ -176,7 +186,8 @@ def explain(error: Exception) -> str:
     """An error as one line for a person: our own messages as they are, anything unexpected with its type."""
     text = " ".join(str(error).split())
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text:
-        return "out of memory: try fewer or smaller pictures (-n, --height, --width), --dtype float16 or --device cpu"
+        return ("out of memory: try fewer or smaller pictures (-n, --height, --width), --dtype float16 or "
+                "--device cpu")
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, ImportError)) and text:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-if TYPE_CHECKING:                  # tensors come in as arguments: reading and writing pictures does not load torch
+if TYPE_CHECKING:                  # tensors come in as arguments: to read or write a picture loads no torch
     from torch import Tensor
 
 CHUNK = "ldm"                      # keyword of the PNG text chunk
@@ -16,7 +16,7 @@ GAP   = 4                          # white pixels between the pictures of a grid
 
 
 def to_unit(images: "Tensor") -> "Tensor":
-    """From the range [-1, 1] of the autoencoder to [0, 1], float32, any shape; what lies outside is clipped."""
+    """From the range [-1, 1] of the autoencoder to [0, 1], clipped; float32, of any shape."""
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -26,19 +26,19 @@ def to_numpy(images: "Tensor") -> np.ndarray:
 
 
 def to_pil(images: "Tensor") -> list[Image.Image]:
-    """(N, 3, H, W) in [0, 1] → N Pillow pictures in RGB, eight bits a channel, rounded to the nearest level."""
+    """(N, 3, H, W) in [0, 1] → N Pillow pictures in RGB, rounded to the nearest of 256 levels."""
     return [Image.fromarray(pixels) for pixels in (to_numpy(images) * 255).round().astype(np.uint8)]
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """One picture of several of the same size, in rows from left to right, with a white gap of 4 pixels between them.
+    """One picture of several of the same size, in rows from left to right, with white gaps of 4 pixels.
 
     `columns` defaults to ⌈√n⌉, the squarest arrangement. ValueError: no pictures, or of different sizes.
     """
     sizes = {image.size for image in images}
     if len(sizes) != 1:
-        raise ValueError(f"a grid needs at least one picture, and all of one size; got {len(images)} of the sizes "
-                         f"{sorted(sizes)} (width, height)")
+        raise ValueError(f"a grid needs at least one picture, and all of one size; got {len(images)} of the "
+                         f"sizes {sorted(sizes)} (width, height)")
     (width, height), = sizes
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows    = math.ceil(len(images) / columns)
@@ -49,7 +49,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
 
 
 def save_png(image: Image.Image, path: str | Path, parameters: Mapping[str, Any]) -> None:
-    """Write a PNG with `parameters` (whatever JSON can hold) in one text chunk, as `read_parameters` returns them."""
+    """Write a PNG with `parameters` (what JSON can hold) in a text chunk; `read_parameters` returns them."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(CHUNK, json.dumps(dict(parameters), ensure_ascii=False))      # iTXt: the text is UTF-8
     image.save(path, format="PNG", pnginfo=info)
@@ -58,19 +58,20 @@ def save_png(image: Image.Image, path: str | Path, parameters: Mapping[str, Any]
 def read_parameters(path: str | Path) -> dict[str, Any]:
     """What `save_png` wrote beside the picture.
 
-    FileNotFoundError: there is no such file. ValueError: it is not a picture, or carries no parameters of ldm.
+    FileNotFoundError: there is no such file.
+    ValueError: it is not a picture, or carries no parameters of ldm.
     """
     try:
         with Image.open(path) as image:
-            image.load()                                                        # text chunks may follow the pixels
+            image.load()                                                # text chunks may follow the pixels
             text = image.info.get(CHUNK)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:                         # Pillow's words for a broken file
+    except (OSError, SyntaxError, ValueError) as error:                 # Pillow's words for a broken file
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     if text is None:
-        raise ValueError(f"{path} carries no parameters of ldm: only PNG files that the command `ldm` wrote do, "
-                         f"and many programs drop them when they save a picture again")
+        raise ValueError(f"{path} carries no parameters of ldm: only PNG files that the command `ldm` wrote "
+                         f"do, and many programs drop them when they save a picture again")
     try:
         parameters = json.loads(text)
     except ValueError as error:

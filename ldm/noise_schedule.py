@@ -208,7 +208,7 @@ def beta(steps: int, sigma_min: float, sigma_max: float, alpha: float = 0.6) -> 
     diffusers, so that more of them are large.
 
     The distribution function below ½ is, with w = v^(1/α), an integral of a smooth function of v, which
-    Gauss–Legendre quadrature gets to machine precision; bisection inverts it.
+    Gauss–Legendre quadrature gets to 1e-9 for α ≤ 1; bisection inverts it.
     """
     node, weight = np.polynomial.legendre.leggauss(64)
 

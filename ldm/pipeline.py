@@ -124,12 +124,14 @@ def load(name: str | Path | None = None, *, device: str | torch.device | None = 
 
 
 def _device(device: str | torch.device | None) -> torch.device:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else
-                            "mps" if torch.mps.is_available() else "cpu")
-    device = torch.device(device)
-    if ((device.type == "cuda" and not torch.cuda.is_available())
-            or (device.type == "mps" and not torch.mps.is_available())):
+        return torch.device("cuda" if there["cuda"] else "mps" if there["mps"] else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; use 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
+    if not there.get(device.type, True):
         raise ValueError(f"device {str(device)!r} was asked for, but this PyTorch ({torch.__version__}) "
                          f"finds none; leave device out to take what there is.")
     return device

@@ -37,7 +37,8 @@ def sample_timesteps(count: int, total: int = 1000, noisy_share: float = 0.0, no
     return (first + uniform[1] * (total - first)).long()
 
 
-def drop_captions(text: Tensor, empty: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
+def drop_captions(text: Tensor, empty: Tensor, probability: float,
+                  generator: torch.Generator | None = None) -> Tensor:
     """Replaces the states of some captions (N, S, D) by those of the empty one (1, S, D): the network also
     learns the unconditional score that classifier-free guidance subtracts (Ho & Salimans 2022, Algorithm 1).
     """
@@ -84,8 +85,8 @@ def min_snr_weight(prediction: str, sigma: Tensor, gamma: float = 5.0) -> Tensor
     return snr.clamp(max=gamma) / divisors[prediction]
 
 
-def denoising_loss(network: Callable[..., Tensor], x0: Tensor, noise: Tensor, t: Tensor, sigma: Tensor, text: Tensor,
-                   prediction: str, weight: Tensor | None = None) -> Tensor:
+def denoising_loss(network: Callable[..., Tensor], x0: Tensor, noise: Tensor, t: Tensor, sigma: Tensor,
+                   text: Tensor, prediction: str, weight: Tensor | None = None) -> Tensor:
     """The weighted mean squared error of network(x / √(1+σ²), t, text), a scalar (DDPM Eq. 14, for any
     prediction).
 
@@ -94,7 +95,7 @@ def denoising_loss(network: Callable[..., Tensor], x0: Tensor, noise: Tensor, t:
     """
     scaled = add_noise(x0, noise, sigma) / (1 + _wide(sigma, x0) ** 2).sqrt()
     answer = network(scaled, t, text)
-    error  = (answer.to(x0.dtype) - target(prediction, x0, noise, sigma)).square().mean(dim=(1, 2, 3))          # (N,)
+    error  = (answer.to(x0.dtype) - target(prediction, x0, noise, sigma)).square().mean(dim=(1, 2, 3))  # (N,)
     return (error if weight is None else weight * error).mean()
 
 

@@ -88,8 +88,7 @@ def noise_schedules() -> None:
 
 
 def all_schedulers() -> None:
-    """The worst over the step counts, but for those where ours differs on purpose: they are named, with a letter
-    for the reason."""
+    """The worst over the step counts; where ours differs on purpose, a letter says why."""
     letters: dict[str, str] = {}
     for name, row in SCHEDULERS.items():
         for spacing in oracles.SPACINGS + oracles.RAMPS * row.ramps:
@@ -114,7 +113,7 @@ def all_schedulers() -> None:
     print("\nNot compared, and why:")
     for reason, letter in letters.items():
         print(f"  ({letter}) {reason}")
-    print("Where diffusers' class works on ε alone (PNDM; Euler ancestral knows no x₀), it gets the ε that follows.\n")
+    print("diffusers' PNDM always gets ε, and Euler ancestral does for x₀: see test_pndm_takes_epsilon.\n")
 
 
 @torch.no_grad()

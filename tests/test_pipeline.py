@@ -26,7 +26,8 @@ def edit(path, **fields):
 
 def test_parts_have_the_asked_dtype_but_an_autoencoder_that_overflows(copy):
     half = ldm.load(copy, device="cpu", dtype="bfloat16")
-    assert {p.dtype for part in (half.unet, half.vae, half.text.model) for p in part.parameters()} == {torch.bfloat16}
+    parts = (half.unet, half.vae, half.text.model)
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.bfloat16}
     for upcast, expected in ((False, torch.float16), (True, torch.float32)):
         edit(copy / "vae/config.json", force_upcast=upcast)
         pipe = ldm.load(copy, device="cpu", dtype=torch.float16)
@@ -42,8 +43,8 @@ def test_a_model_in_bfloat16_gives_nearly_the_same_picture(model):
 
 
 def test_defaults_and_prediction_come_from_the_files(copy):
-    edit(copy / "scheduler/scheduler_config.json", _class_name="DPMSolverMultistepScheduler", prediction_type="v_prediction",
-         timestep_spacing="trailing")
+    edit(copy / "scheduler/scheduler_config.json", _class_name="DPMSolverMultistepScheduler",
+         prediction_type="v_prediction", timestep_spacing="trailing")
     edit(copy / "model_index.json", _ldm={"steps": 12, "guidance_scale": 3.0})
     pipe = ldm.load(copy)
     assert (pipe.prediction, pipe.name) == ("v_prediction", str(copy))
@@ -78,12 +79,12 @@ def test_a_scheduler_that_there_is_none_of_is_replaced_with_a_warning(copy):
 
 
 @pytest.mark.parametrize(("part", "fields", "words"), [
-    ("unet/config.json",                {"class_embed_type": "timestep"},       "class_embed_type = 'timestep'"),
-    ("unet/config.json",                {"cross_attention_dim": 48},            "of another shape.*attn2.to_k"),
-    ("unet/config.json",                {"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types"),
-    ("vae/config.json",                 {"act_fn": "relu"},                     "act_fn = 'relu'"),
-    ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"},           "beta_schedule = 'sigmoid'"),
-    ("model_index.json",                {"_class_name": "StableDiffusionXLPipeline"}, "Stable Diffusion XL"),
+    ("unet/config.json", {"class_embed_type": "timestep"},                "class_embed_type = 'timestep'"),
+    ("unet/config.json", {"cross_attention_dim": 48},                     "of another shape.*attn2.to_k"),
+    ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 4},   "down_block_types"),
+    ("vae/config.json",  {"act_fn": "relu"},                              "act_fn = 'relu'"),
+    ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"},     "beta_schedule = 'sigmoid'"),
+    ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"},    "Stable Diffusion XL"),
 ])
 def test_files_that_do_not_fit_are_named(copy, part, fields, words):
     edit(copy / part, **fields)
@@ -94,6 +95,8 @@ def test_files_that_do_not_fit_are_named(copy, part, fields, words):
 def test_devices_and_dtypes_that_there_are_none_of(model):
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         ldm.load(model, dtype="int8")
+    with pytest.raises(ValueError, match="device is 'quux'; use 'cpu'"):
+        ldm.load(model, device="quux")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device 'cuda' was asked for"):
             ldm.load(model, device="cuda")
@@ -101,6 +104,6 @@ def test_devices_and_dtypes_that_there_are_none_of(model):
 
 @pytest.mark.gpu
 def test_the_same_picture_on_the_gpu(model):
-    pictures = [ldm.sample("a cat", ldm.load(model, device=device, dtype="float32"), scheduler="euler_a", steps=10, seed=3,
-                           output_type="pt").cpu() for device in ("cpu", "cuda")]
-    assert (pictures[0] - pictures[1]).abs().max() < 1e-3
+    host, gpu = (ldm.sample("a cat", ldm.load(model, device=device, dtype="float32"), scheduler="euler_a",
+                            steps=10, seed=3, output_type="pt").cpu() for device in ("cpu", "cuda"))
+    assert (host - gpu).abs().max() < 1e-3

@@ -39,8 +39,8 @@ def test_same_picture_as_diffusers_with_v_prediction(tmp_path, name):
 
 def test_same_picture_as_diffusers_with_rescaled_guidance(folder, pipe):
     ours   = pixels("a red cat", pipe, scheduler="ddim", spacing=None, steps=5, guidance_rescale=0.7, seed=3)
-    theirs = tiny.their_pictures(folder, "ddim", [3], prompt="a red cat", num_inference_steps=5, guidance_rescale=0.7,
-                                 height=64, width=64)
+    theirs = tiny.their_pictures(folder, "ddim", [3], prompt="a red cat", num_inference_steps=5,
+                                 guidance_rescale=0.7, height=64, width=64)
     assert np.abs(ours - theirs).max() < 1e-4
 
 
@@ -57,15 +57,19 @@ def test_default_scheduler_steps_and_size_come_from_the_model(folder, pipe):
 def test_a_picture_of_a_batch_is_the_same_alone(pipe, name):
     batch = pixels("a cat", pipe, scheduler=name, seed=4, num_images=3)
     for i in range(3):
-        np.testing.assert_allclose(pixels("a cat", pipe, scheduler=name, seed=4 + i), batch[i:i + 1], atol=1e-5)
-    np.testing.assert_allclose(pixels("a cat", pipe, scheduler=name, seed=[6, 4], num_images=2), batch[[2, 0]], atol=1e-5)
+        alone = pixels("a cat", pipe, scheduler=name, seed=4 + i)
+        np.testing.assert_allclose(alone, batch[i:i + 1], atol=1e-5)
+    turned = pixels("a cat", pipe, scheduler=name, seed=[6, 4], num_images=2)
+    np.testing.assert_allclose(turned, batch[[2, 0]], atol=1e-5)
     assert np.abs(batch[0] - batch[1]).max() > 0.05
 
 
 def test_lists_of_prompts_and_negative_prompts(pipe):
     both = pixels(["a cat", "the dog"], pipe, negative_prompt=["x", "yy"], num_images=2, seed=10)
-    for i, (prompt, negative) in enumerate([("a cat", "x"), ("a cat", "x"), ("the dog", "yy"), ("the dog", "yy")]):
-        np.testing.assert_allclose(pixels(prompt, pipe, negative_prompt=negative, seed=10 + i), both[i:i + 1], atol=1e-5)
+    pairs = [("a cat", "x"), ("a cat", "x"), ("the dog", "yy"), ("the dog", "yy")]
+    for i, (prompt, negative) in enumerate(pairs):
+        alone = pixels(prompt, pipe, negative_prompt=negative, seed=10 + i)
+        np.testing.assert_allclose(alone, both[i:i + 1], atol=1e-5)
     assert np.abs(pixels("the dog", pipe, negative_prompt="yy", seed=0)
                   - pixels("a cat", pipe, negative_prompt="x", seed=0)).max() > 1e-4
 
@@ -84,10 +88,11 @@ def test_output_types_show_the_same_picture(pipe):
 
 def test_callback_sees_the_state_and_the_estimate_of_each_step(pipe):
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-    latent = pixels("a cat", pipe, scheduler="dpmpp_2m", output_type="latent", callback=lambda *args: seen.append(args))
+    latent = pixels("a cat", pipe, scheduler="dpmpp_2m", output_type="latent",
+                    callback=lambda *args: seen.append(args))
     assert [step for step, _, _ in seen] == [1, 2, 3]
     assert torch.equal(seen[-1][1], latent)                         # the last step ends at σ = 0 …
-    assert torch.equal(seen[-1][2], latent)                         # … where a step of first order is x₀ itself
+    assert torch.equal(seen[-1][2], latent)                     # … where a step of first order is x₀ itself
     # The first step is of first order too: from the start towards x₀, by the ratio of the σ's.
     sigmas = pipe.schedule.sigmas(3, "trailing")
     start  = (1 + sigmas[0]**2) ** 0.5 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -153,8 +158,10 @@ def test_sigmas_and_timesteps_of_ones_own(pipe):
 
 def test_options_reach_the_scheduler(pipe):
     plain = pixels("a cat", pipe, scheduler="ddim")
-    assert np.abs(plain - pixels("a cat", pipe, scheduler="ddim", scheduler_options={"eta": 1.0})).max() > 1e-3
-    np.testing.assert_array_equal(plain, pixels("a cat", pipe, scheduler="ddim", scheduler_options={"eta": 0.0}))
+    zero, one = (pixels("a cat", pipe, scheduler="ddim", scheduler_options={"eta": eta})
+                 for eta in (0.0, 1.0))
+    np.testing.assert_array_equal(plain, zero)
+    assert np.abs(plain - one).max() > 1e-3
 
 
 def test_any_multiple_of_eight_is_a_size(pipe):
@@ -210,7 +217,8 @@ def test_a_gradient_flows_through_a_whole_run_made_by_hand(pipe):
     denoiser = ldm.Denoiser(pipe.unet, pipe.schedule, pipe.prediction)
     denoise  = ldm.guidance.classifier_free(denoiser, ldm.Conditioning(context), uncond, 5.0)
     sigmas   = pipe.schedule.sigmas(3)
-    start    = (sigmas[0] * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    noise    = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    start    = (sigmas[0] * noise).requires_grad_()
     *_, x    = ldm.schedulers.dpm_solver_pp(denoise, start, sigmas)
     for gradient in torch.autograd.grad(pipe.decode(x).square().mean(), [start, context]):
         assert gradient.isfinite().all()

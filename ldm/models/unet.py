@@ -91,6 +91,7 @@ class UNetConfig:
                                  f"one integer, or one for each of the {levels} levels, is implemented.")
             return values
 
+        sdxl  = get("addition_embed_type") == "text_time"
         depth = per_level("transformer_layers_per_block", 1)
         heads = per_level("num_attention_heads" if get("num_attention_heads") else "attention_head_dim", 8)
         return cls(in_channels       = get("in_channels", 4),
@@ -105,8 +106,8 @@ class UNetConfig:
                    linear_projection = get("use_linear_projection", False),
                    groups            = get("norm_num_groups", 32),
                    eps               = get("norm_eps", 1e-5),
-                   vector_dim        = get("projection_class_embeddings_input_dim"),
-                   vector_time_dim   = get("addition_time_embed_dim"),
+                   vector_dim        = get("projection_class_embeddings_input_dim") if sdxl else None,
+                   vector_time_dim   = get("addition_time_embed_dim") if sdxl else None,
                    sample_size       = get("sample_size"))
 
 
