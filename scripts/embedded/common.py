@@ -1,0 +1,88 @@
+"""What the training stages share: data loading, checkpoints that survive a kill at any moment, learning
+rates, sheets of pictures."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from world import Scene, render
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))     # `ldm` of this checkout, installed or not
+
+
+def pixels(scenes: list[Scene], size: int) -> Tensor:
+    """The scenes' pictures as (N, 3, size, size) in [-1, 1]."""
+    stack = np.stack([np.asarray(render(scene, size)) for scene in scenes])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def save(state: Any, path: Path) -> None:
+    """Writes beside the file, then renames: whoever reads `path` finds the old state or the new one, never
+    half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def resume(path: Path, state: dict[str, Any]) -> tuple[int, float]:
+    """Loads a checkpoint into the modules and optimisers of `state`; returns the steps and seconds spent, 0
+    and 0 without one."""
+    if not path.exists():
+        return 0, 0.0
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    for name, holder in state.items():
+        holder.load_state_dict(saved[name])
+    return saved["step"], saved["seconds"]
+
+
+def run(path: Path, state: dict[str, Any], steps: int, learning_rate: float,
+        step: Callable[[int], dict[str, Tensor]], report: Callable[[int], str], every: int) -> None:
+    """Trains: calls step(i) → losses by name, the first being minimised, until `steps`; reports and saves
+    every `every` steps.
+
+    `state` names what a checkpoint holds: everything with a state_dict, an optimiser under "optimiser" among
+    it. The learning rate rises over 100 steps, stays, and falls linearly to 2 % over the last quarter.
+    """
+    done, seconds = resume(path, state)
+    optimiser, start = state["optimiser"], time.time()
+    sums: dict[str, float] = {}
+    for i in range(done, steps):
+        rate = learning_rate * min(1, (i + 1) / 100, max(.02, (steps - i) / (.25 * steps)))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        losses = step(i)
+        optimiser.zero_grad(set_to_none=True)
+        next(iter(losses.values())).backward()
+        torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+        optimiser.step()
+        for holder in state.values():
+            if hasattr(holder, "update"):                                   # a running average of the weights
+                holder.update(i)
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0) + float(loss.detach())
+        if (i + 1) % every == 0 or i + 1 == steps:
+            count = (i + 1 - done) % every or min(every, i + 1 - done)
+            spent = seconds + time.time() - start
+            means = "  ".join(f"{name} {value / count:.4f}" for name, value in sums.items())
+            print(f"{path.stem} {i + 1}/{steps}  {spent / 60:.1f} min  {means}  {report(i + 1)}", flush=True)
+            progress = {"step": i + 1, "seconds": spent}
+            save({name: holder.state_dict() for name, holder in state.items()} | progress, path)
+            sums = {}
+
+
+def sheet(images: Tensor, columns: int, path: Path) -> None:
+    """Saves pictures (N, 3, H, W) in [-1, 1] as one PNG."""
+    array = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    n, h, w, _ = array.shape
+    canvas = Image.new("RGB", (columns * (w + 4), -(-n // columns) * (h + 4)), (255, 255, 255))
+    for i, picture in enumerate(array):
+        canvas.paste(Image.fromarray(picture), (i % columns * (w + 4), i // columns * (h + 4)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)

@@ -1,0 +1,139 @@
+"""Trains the embedded model, or stages of it: python scripts/embedded/train.py --out FOLDER [STAGE ...]
+
+    vae     the autoencoder                             → FOLDER/vae, sheet vae.png
+    text    tokenizer and text encoder                  → FOLDER/tokenizer, FOLDER/text_encoder
+    unet    latents of all training scenes, the U-Net   → FOLDER/latents.pt, unet.pt, sheet unet.png
+    polish  the decoder once more, alone                → FOLDER/vae
+    export  float16 in Hugging Face layout              → --assets
+
+Start it again after a kill and it goes on from the last checkpoint in FOLDER.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # spinning threads starve each other
+
+import torch
+import train_text
+import train_unet
+import train_vae
+from export import export, load_vae
+
+from ldm.models.unet import UNet
+from ldm.training import EMA
+
+STAGES = ("vae", "text", "unet", "polish", "export")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; all by default")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and sheets")
+    parser.add_argument("--assets", type=Path, default=Path(__file__).parents[2] / "ldm/assets/shapes")
+    parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
+    parser.add_argument("--scenes", type=int, default=24000, help="training scenes for the U-Net")
+    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--text-steps", type=int, default=1200)
+    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--polish-steps", type=int, default=1000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    unknown = set(args.stages) - set(STAGES)
+    if unknown:
+        parser.error(f"no stage named {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+
+    for stage in args.stages or STAGES:
+        if stage == "vae":
+            train_vae.train(args.out, args.vae_steps, args.size, args.device)
+        elif stage == "text":
+            train_text.train(args.out, args.text_steps, args.device)
+        elif stage == "unet":
+            vae = load_vae(args.out / "vae").to(args.device)
+            train_unet.train(args.out, vae, args.unet_steps, args.scenes, args.size, args.device)
+        elif stage == "polish":
+            train_vae.polish(args.out, args.polish_steps, args.size, args.device)
+        else:
+            export_model(args)
+
+
+def export_model(args: argparse.Namespace) -> None:
+    saved = torch.load(args.out / "unet.pt", weights_only=True, map_location="cpu")
+    unet = UNet(train_unet.CONFIG)
+    ema = EMA(unet)
+    ema.load_state_dict(saved["ema"])
+    ema.swap()
+    export(args.out, args.assets, unet, train_unet.CONFIG, args.size, card(args, saved))
+    size = sum(file.stat().st_size for file in args.assets.rglob("*") if file.is_file())
+    print(f"wrote {args.assets}: {size / 1e6:.1f} MB")
+
+
+def card(args: argparse.Namespace, unet: dict) -> str:
+    """The model card: what the model is and how these very weights came to be.
+
+    Takes in what is written by hand in notes.md (how this run differed from the scripts) and measured.md (the
+    table of evaluate.py) of the output folder.
+    """
+    minutes = {"U-Net": unet["seconds"] / 60}
+    steps = {"U-Net": unet["step"]}
+    files = {"autoencoder": "vae.pt", "decoder, alone": "polish.pt", "text encoder": "text.pt"}
+    for name, file in files.items():
+        if (args.out / file).exists():
+            saved = torch.load(args.out / file, weights_only=True, map_location="cpu")
+            minutes[name], steps[name] = saved["seconds"] / 60, saved["step"]
+    rows = "\n".join(f"| {name} | {steps[name]} | {minutes[name]:.0f} |" for name in minutes)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent)
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else \
+        f"{args.threads} threads of a {platform.machine()} CPU shared with other work"
+    def written(name: str, otherwise: str) -> str:
+        return (args.out / name).read_text() if (args.out / name).exists() else otherwise
+    return CARD.format(size=args.size, unet=train_unet.CONFIG, vae=load_vae(args.out / "vae").config,
+                       scenes=args.scenes, batch=train_unet.BATCH, rows=rows,
+                       date=time.strftime("%Y-%m-%d"), machine=machine,
+                       commit=commit.stdout.strip() or "not yet committed", torch=torch.__version__,
+                       text=f"{train_text.LAYERS} layers of {train_text.WIDTH}, {train_text.LENGTH} tokens",
+                       notes=written("notes.md", ""), measured=written("measured.md", "Not measured yet.\n"))
+
+
+CARD = """---
+license: apache-2.0
+---
+# shapes: a small text-to-image model
+
+A latent diffusion model of one or two coloured shapes on a background, {size}x{size} pixels. It was
+trained from scratch by `scripts/embedded/train.py` on pictures and captions that `scripts/embedded/world.py`
+draws and writes: eight shapes, ten colours, three sizes, four textures, nine places, and the relations above,
+below, left and right. It knows nothing else.
+
+## Parts
+- autoencoder: `{vae}`
+- U-Net (v-prediction, trailing spacing): `{unet}`
+- text encoder (CLIP): {text}; trained first to say what a caption describes, then frozen
+
+## Training
+{date}, on {machine}, torch {torch}, commit {commit}; {scenes} scenes, all seeds fixed in the scripts.
+
+| stage | steps | minutes |
+|---|---|---|
+{rows}
+
+U-Net: batches of {batch}, AdamW at 1e-3, an exponential moving average of the weights (these are the ones
+here), a quarter of the timesteps from the noisiest fifth, 10 % of the captions empty.
+{notes}
+## Measured
+{measured}
+## Limits
+Colours and shapes outside the list, more than two objects, and scenes of any other kind. The combinations in
+`HELD_OUT` of `world.py` were never drawn in training.
+"""
+
+
+if __name__ == "__main__":
+    main()

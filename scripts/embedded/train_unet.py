@@ -1,0 +1,117 @@
+"""Stage 3: the U-Net, on latents encoded beforehand, with captions written afresh each time a scene comes by.
+
+v-prediction with a uniform weight; a quarter of the timesteps is drawn from the noisiest fifth, where the
+layout is decided.
+"""
+
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from common import pixels, run, sheet
+from torch import Tensor
+from train_text import tokens
+from transformers import CLIPTextModel, CLIPTokenizer
+from world import caption, random_scene
+
+from ldm import training
+from ldm.denoiser import Conditioning, Denoiser
+from ldm.guidance import classifier_free
+from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae import VAE
+from ldm.noise_schedule import NoiseSchedule
+from ldm.schedulers import dpm_solver_pp
+
+CONFIG = UNetConfig(channels=(32, 64, 128), layers=1, depth=(1, 1, 1), heads=(4, 4, 4), groups=8,
+                    context_dim=128)
+BATCH = 32
+EMA_DECAY = .996
+NOISY_SHARE = .25
+DROPPED = .1                    # captions replaced by the empty one
+SCENE_SEED = 20_000_000         # scene k of the training set is random_scene(Random(SCENE_SEED + k))
+PROMPTS = (
+    "a red circle on a blue background",             "a large yellow star",
+    "a small green square on a white background",    "a black heart on a pink background",
+    "a purple triangle",                             "a blue ring on a yellow background",
+    "an orange diamond on a black background",       "a white cross on a red background",
+    "a red square above a blue circle",              "a blue circle above a red square",
+    "a green triangle to the left of a yellow heart", "a yellow heart to the left of a green triangle",
+    "a pink star below a gray ring on a black background",
+    "a white circle to the right of a black square on a green background",
+    "a striped orange square on a gray background",  "a dotted blue heart on a white background",
+    "a red circle at the top left on a white background",
+    "a small black star at the bottom right on a yellow background",
+    "a large green circle and a small red diamond",
+    "a purple cross under a white heart on a blue background",
+    "two shapes: a red star and a blue diamond",     "a green star on a purple background",
+    "a big shiny pink circle on a dark background",  "a yellow ring over an orange cross",
+)
+
+
+def encode_scenes(vae: VAE, out: Path, count: int, size: int, device: str) -> Tensor:
+    """(count, 4, h, w) latents in float16, with standard deviation near one; kept in latents.pt, in pieces as
+    it grows."""
+    path, chunk = out / "latents.pt", 1024
+    latents = torch.load(path, weights_only=True) if path.exists() else torch.empty(0)
+    while len(latents) < count:
+        numbers = range(len(latents), min(count, len(latents) + chunk))
+        scenes = [random_scene(Random(SCENE_SEED + k)) for k in numbers]
+        with torch.no_grad():
+            new = [vae.encode(pixels(scenes[i:i + 32], size).to(device))[0].cpu().half()
+                   for i in range(0, len(scenes), 32)]
+        latents = torch.cat([latents, *new])
+        torch.save(latents, path)
+        print(f"encoded {len(latents)}/{count}", flush=True)
+    return latents[:count]
+
+
+def train(out: Path, vae: VAE, steps: int, scenes: int, size: int, device: str) -> None:
+    torch.manual_seed(0)
+    latents = encode_scenes(vae, out, scenes, size, device)
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(out / "text_encoder").to(device).eval()
+    unet = UNet(CONFIG).to(device)
+    ema = training.EMA(unet, EMA_DECAY)
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.01)
+    schedule = NoiseSchedule.scaled_linear()
+    sigmas = torch.from_numpy(schedule.table.astype(np.float32))
+
+    @torch.no_grad()
+    def states(captions: list[str]) -> Tensor:
+        return encoder(tokens(tokenizer, captions).to(device)).last_hidden_state
+
+    empty, prompted = states([""]), states(list(PROMPTS))
+
+    def step(i: int) -> dict[str, Tensor]:
+        generator, rng = torch.Generator().manual_seed(i), Random(30_000_000 + i)
+        chosen = torch.randint(len(latents), (BATCH,), generator=generator)
+        x0 = latents[chosen].float().to(device)
+        text = states([caption(random_scene(Random(SCENE_SEED + k)), rng) for k in chosen.tolist()])
+        text = training.drop_captions(text, empty, DROPPED, generator)
+        t = training.sample_timesteps(BATCH, noisy_share=NOISY_SHARE, generator=generator)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = training.denoising_loss(unet, x0, noise, t.to(device), sigmas[t].to(device), text,
+                                           "v_prediction")
+        return {"loss": loss}
+
+    @torch.no_grad()
+    def report(i: int) -> str:
+        if i % (5 * EVERY) and i != steps:
+            return ""
+        ema.swap()
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(PROMPTS), *latents.shape[1:], generator=generator).to(device)
+        denoise = classifier_free(Denoiser(unet, schedule, "v_prediction"), Conditioning(prompted),
+                                  Conditioning(empty.expand_as(prompted)), 3.0)
+        path = schedule.sigmas(20, "trailing")
+        *_, x = dpm_solver_pp(denoise, noise * (1 + path[0] ** 2) ** .5, path)
+        sheet(torch.cat([vae.decode(z) for z in x.split(8)]), 6, out / "unet.png")
+        ema.swap()
+        return "sheet written"
+
+    run(out / "unet.pt", {"unet": unet, "ema": ema, "optimiser": optimiser}, steps, 1e-3, step, report, EVERY)
+
+
+EVERY = 100

@@ -1,0 +1,118 @@
+"""Stage 1: the autoencoder, from pictures alone.
+
+The loss is L1 + 2 MSE on pixels + L1 on their differences (edges are what the eye sees first) + a weak KL
+term. It begins with crops, four times cheaper and as instructive for the convolutions, and ends with whole
+pictures, as it will be used.
+
+`polish` goes on with the decoder alone, which leaves the latents as they are: the U-Net can be trained before
+or meanwhile.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import torch
+from common import pixels, run, sheet
+from export import load_vae, save_part, vae_to_hf
+from torch import Tensor
+from world import random_scene
+
+from ldm.models.vae import VAE, VAEConfig
+
+CONFIG = VAEConfig(channels=(16, 32, 64, 64), layers=1, groups=8, scaling_factor=1.0, force_upcast=False)
+BATCH = 16
+KL_WEIGHT = 2e-5
+CROPPED = .4                    # share of the steps with crops
+NOISE = .04               # on the latents, in their standard deviations: the U-Net's will not be exact either
+
+
+def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    error = decoded - images
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + edges
+
+
+def psnr(decoded: Tensor, images: Tensor) -> float:
+    """Mean over the pictures of 10·log10(2² / MSE): values lie in [-1, 1], the decoded ones are clipped to
+    it."""
+    return (10 * torch.log10(4 / (decoded.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3)))).mean().item()
+
+
+def train(out: Path, steps: int, size: int, device: str) -> None:
+    torch.manual_seed(0)
+    vae = VAE(CONFIG).to(device, memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.01)
+    rng = Random(999)
+    test = pixels([random_scene(rng) for _ in range(32)], size).to(device)
+
+    def step(i: int) -> dict[str, Tensor]:
+        rng = Random(i)
+        noise = torch.Generator().manual_seed(i)
+        cropped = i < CROPPED * steps
+        images = pixels([random_scene(rng) for _ in range(BATCH if cropped else BATCH // 2)], size)
+        if cropped:                                                   # each at a place of its own
+            corners = [(rng.randrange(size // 2 + 1), rng.randrange(size // 2 + 1)) for _ in images]
+            images = torch.stack([image[:, y:y + size // 2, x:x + size // 2]
+                                  for image, (y, x) in zip(images, corners, strict=True)])
+        images = images.to(device, memory_format=torch.channels_last)
+        mean, std = vae.encode(images)
+        spread = (std.square() + (NOISE * mean.detach().std()).square()).sqrt()
+        decoded = vae.decode(mean + spread * torch.randn(mean.shape, generator=noise).to(device))
+        kl = .5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+        fit = reconstruction_loss(decoded, images)
+        return {"loss": fit + KL_WEIGHT * kl, "fit": fit, "kl": kl}
+
+    @torch.no_grad()
+    def report(_: int) -> str:
+        decoded = torch.cat([vae.decode(vae.encode(images)[0]) for images in test.split(8)])
+        sheet(torch.stack([test[:16], decoded[:16]], 1).flatten(0, 1), 8, out / "vae.png")
+        return f"PSNR {psnr(decoded, test):.2f} dB"
+
+    run(out / "vae.pt", {"vae": vae, "optimiser": optimiser}, steps, 2e-3, step, report, every=200)
+    save_scaled(vae, out / "vae", size)
+
+
+@torch.no_grad()
+def save_scaled(vae: VAE, folder: Path, size: int) -> None:
+    """Measures the latents' standard deviation and saves the autoencoder with the scaling factor that makes
+    it one."""
+    rng = Random(998)
+    device = next(vae.parameters()).device
+    latents = torch.cat([vae.encode(pixels([random_scene(rng)], size).to(device))[0] for _ in range(256)])
+    factor = round(vae.config.scaling_factor / latents.std().item(), 5)
+    save_part(vae, vae_to_hf(replace(vae.config, scaling_factor=factor), size), folder, torch.float32)
+    print(f"scaling factor {factor}", flush=True)
+
+
+
+def polish(out: Path, steps: int, size: int, device: str) -> None:
+    """Trains the decoder alone, on the latents of whole pictures and a little noise."""
+    vae = load_vae(out / "vae").to(device, memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(.9, .99), weight_decay=.01)
+    rng = Random(999)
+    test = pixels([random_scene(rng) for _ in range(32)], size).to(device)
+    with torch.no_grad():
+        test_latents = torch.cat([vae.encode(images)[0] for images in test.split(8)])
+
+    def step(i: int) -> dict[str, Tensor]:
+        rng, generator = Random(40_000_000 + i), torch.Generator().manual_seed(i)
+        images = pixels([random_scene(rng) for _ in range(BATCH // 2)], size)
+        images = images.to(device, memory_format=torch.channels_last)
+        with torch.no_grad():
+            z = vae.encode(images)[0]
+        z = z + NOISE * torch.randn(z.shape, generator=generator).to(device)
+        return {"loss": reconstruction_loss(vae.decode(z), images)}
+
+    @torch.no_grad()
+    def report(_: int) -> str:
+        decoded = torch.cat([vae.decode(z) for z in test_latents.split(8)])
+        sheet(torch.stack([test[:16], decoded[:16]], 1).flatten(0, 1), 8, out / "vae.png")
+        save_part(vae, vae_to_hf(vae.config, size), out / "vae_polished", torch.float32)
+        return f"PSNR {psnr(decoded, test):.2f} dB"
+
+    run(out / "polish.pt", {"vae": vae, "optimiser": optimiser}, steps, 1e-3, step, report, every=100)
+    save_part(vae, vae_to_hf(vae.config, size), out / "vae", torch.float32)
