@@ -15,7 +15,8 @@ CONFIG = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 37, "num_hid
 TOKENS = torch.tensor([[58, 5, 6, 7, 59] + [59] * 72, [58, 9, 59] + [59] * 74])         # (2, 77)
 
 
-@pytest.fixture(scope="module", params=[CLIPTextModel, CLIPTextModelWithProjection], ids=lambda kind: kind.__name__)
+@pytest.fixture(scope="module", params=[CLIPTextModel, CLIPTextModelWithProjection],
+                ids=lambda kind: kind.__name__)
 def written(request, tmp_path_factory):
     """(the model, the folder that the installed transformers wrote of it)"""
     torch.manual_seed(0)
@@ -28,8 +29,8 @@ def written(request, tmp_path_factory):
 def rewritten(folder, to, change):
     """A copy of a text encoder's folder with other tensors."""
     (to / "config.json").write_text((folder / "config.json").read_text())
-    save_file({name: tensor.contiguous() for name, tensor in change(load_file(folder / "model.safetensors")).items()},
-              to / "model.safetensors")
+    state = change(load_file(folder / "model.safetensors"))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, to / "model.safetensors")
     return to
 
 
@@ -59,8 +60,8 @@ def assert_equal_outputs(model, oracle):
     assert torch.equal(ours[pooled], theirs[pooled])
 
 
-@pytest.mark.parametrize("change", [lambda state: state, with_prefix, without_prefix, with_position_ids(torch.int64),
-                                    with_position_ids(torch.float32)],
+@pytest.mark.parametrize("change", [lambda state: state, with_prefix, without_prefix,
+                                    with_position_ids(torch.int64), with_position_ids(torch.float32)],
                          ids=["as written", "text_model.", "no prefix", "position_ids", "float position_ids"])
 def test_every_tensor_reaches_the_model(written, tmp_path, change):
     oracle, folder = written
@@ -89,16 +90,19 @@ def test_variant_shards_bin_and_dtype(written, tmp_path):
 
 def test_tensors_that_are_missing_or_too_many(written, tmp_path):
     _, folder = written
-    rewritten(folder, tmp_path, lambda state: {"unknown.weight": torch.ones(1),
-                                               **{k: v for k, v in state.items() if "final_layer_norm" not in k}})
-    with pytest.raises(ValueError, match=r"2 missing from the file: .*final_layer_norm\.weight.*\n"
-                                         r"  1 unknown to the model: unknown\.weight\n"
-                                         "The file looks like a CLIP text encoder of width 32, the model like"):
+    rewritten(folder, tmp_path, lambda state: {
+        "unknown.weight": torch.ones(1),
+        **{k: v for k, v in state.items() if "final_layer_norm" not in k}})
+    with pytest.raises(ValueError,
+                       match=r"2 missing from the file: .*final_layer_norm\.weight.*\n"
+                             r"  1 unknown to the model: unknown\.weight\n"
+                             "The file looks like a CLIP text encoder of width 32, the model like"):
         load_text_encoder(tmp_path)
 
 
 def test_gradients_flow_to_the_embeddings(written, tmp_path):
-    """The parts stay differentiable: textual inversion needs the gradient with respect to a token's embedding."""
+    """The parts stay differentiable: textual inversion needs the
+    gradient with respect to a token's embedding."""
     _, folder = written
     model  = load_text_encoder(folder)
     weight = model.get_input_embeddings().weight.requires_grad_(True)
@@ -128,14 +132,15 @@ def test_an_old_config(tmp_path):
     old_config(tmp_path, architectures=None)
     assert_equal_outputs(load_text_encoder(tmp_path), oracle)
     old_config(tmp_path, architectures=["T5EncoderModel"])
-    with pytest.raises(ValueError, match=r"config\.json describes a T5EncoderModel; it can be a CLIPTextModel or"):
+    with pytest.raises(ValueError,
+                       match=r"config\.json describes a T5EncoderModel; it can be a CLIPTextModel or"):
         load_text_encoder(tmp_path)
 
 
 # -- tokenizers ----------------------------------------------------------------------------------------------
 VOCABULARY = ["!", "a", "b", "c", "a</w>", "b</w>", "c</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
-END        = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False,
-              "single_word": False}
+END        = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "normalized": True,
+              "rstrip": False, "single_word": False}
 PROMPT     = {"text": "AB  c", "padding": "max_length", "max_length": 8, "truncation": True}
 
 
@@ -146,7 +151,8 @@ def write_tokenizer(folder, pad=None):
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"add_prefix_space": False, "bos_token": {**END, "content": "<|startoftext|>"}, "eos_token": END,
          "errors": "replace", "do_lower_case": True, "model_max_length": 77, "pad_token": "<|endoftext|>",
-         "unk_token": END, "name_or_path": "openai/clip-vit-large-patch14", "tokenizer_class": "CLIPTokenizer"}))
+         "unk_token": END, "name_or_path": "openai/clip-vit-large-patch14",
+         "tokenizer_class": "CLIPTokenizer"}))
     if pad:
         (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": pad}))
     return folder

@@ -1,4 +1,5 @@
-"""ldm/weights/find.py against a Hub of our own: an HTTP server on this machine that answers like the real one."""
+"""ldm/weights/find.py against a Hub of our own:
+an HTTP server on this machine that answers like the real one."""
 import json
 import socket
 import threading
@@ -16,16 +17,17 @@ COMMIT, OLDER = "a" * 40, "b" * 40
 MODEL_INDEX   = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
                  "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
                  "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "PNDMScheduler"],
-                 "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "text_encoder_2": [None, None],
-                 "requires_safety_checker": True}
-SMALL = ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/vocab.json",
-         "tokenizer/merges.txt", "tokenizer/special_tokens_map.json", "scheduler/scheduler_config.json"]
+                 "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+                 "text_encoder_2": [None, None], "requires_safety_checker": True}
+SMALL = ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+         "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json",
+         "scheduler/scheduler_config.json"]
 PLAIN = ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
          "text_encoder/model.safetensors"]
 FP16  = [path.replace(".safetensors", ".fp16.safetensors") for path in PLAIN]
 REST  = ["README.md", "v1-5-pruned.ckpt", "safety_checker/model.safetensors", "safety_checker/config.json",
-         "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.bin", "vae/sub/config.json",
-         "unet/diffusion_flax_model.msgpack", "text_encoder/pytorch_model.bin",
+         "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.bin",
+         "vae/sub/config.json", "unet/diffusion_flax_model.msgpack", "text_encoder/pytorch_model.bin",
          "feature_extractor/preprocessor_config.json"]
 SHARDS = ["unet/diffusion_pytorch_model.safetensors.index.json",
           "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
@@ -34,12 +36,14 @@ SHARDS = ["unet/diffusion_pytorch_model.safetensors.index.json",
 
 def repository(*paths):
     """Path → content."""
-    return {path: json.dumps(MODEL_INDEX if path == "model_index.json" else {"path": path}).encode() for path in paths}
+    return {path: json.dumps(MODEL_INDEX if path == "model_index.json" else {"path": path}).encode()
+            for path in paths}
 
 
 class Hub(BaseHTTPRequestHandler):
     """Answers what huggingface_hub asks about a repository: its commit and listing, its tree, its files."""
-    repositories: ClassVar = {}             # name → {path: content}, or the X-Error-Code with which it is refused;
+    repositories: ClassVar = {}             # name → {path: content}, or the X-Error-Code with which
+                                            # it is refused;
                                             # "name@v1" → its state at the tag v1, which is the commit OLDER
     asked: ClassVar        = []             # the paths of all requests
     fail_at: ClassVar      = ""             # a path that gives an error
@@ -60,7 +64,8 @@ class Hub(BaseHTTPRequestHandler):
         elif revision not in ("", "main", COMMIT, "v1", OLDER):
             self.answer(404, X_Error_Code="RevisionNotFound")
         elif what == "resolve":
-            self.answer(200, files[file], ETag=f'"{file.replace("/", "-")}"', X_Repo_Commit=OLDER if old else COMMIT)
+            self.answer(200, files[file], ETag=f'"{file.replace("/", "-")}"',
+                        X_Repo_Commit=OLDER if old else COMMIT)
         elif what == "tree":
             self.answer(200, json.dumps([{"type": "file", "path": path, "size": len(content), "oid": "c" * 40}
                                          for path, content in files.items()]).encode())
@@ -151,7 +156,8 @@ def test_local_folders_that_are_no_pipelines(tmp_path, monkeypatch, no_network):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a file\. Give the folder"):
         find("model.safetensors")
-    for name in (tmp_path / "org" / "model", "./org/model", "/no/such/folder", "a/b/c", "~/models/sd", "org/mo del"):
+    for name in (tmp_path / "org" / "model", "./org/model", "/no/such/folder",
+                 "a/b/c", "~/models/sd", "org/mo del"):
         with pytest.raises(FileNotFoundError, match="There is no folder"):
             find(name)
 
@@ -163,7 +169,8 @@ def test_a_path_object_is_never_a_repository(tmp_path, monkeypatch, hub):
 
 
 def test_variant_and_revision_of_a_local_folder(tmp_path, no_network):
-    folder = write(tmp_path, *SMALL, *PLAIN, FP16[0], "vae/diffusion_pytorch_model.non_ema-00001-of-00002.bin")
+    folder = write(tmp_path, *SMALL, *PLAIN, FP16[0],
+                   "vae/diffusion_pytorch_model.non_ema-00001-of-00002.bin")
     assert find(folder, variant="fp16") == folder
     assert find(folder, variant="non_ema") == folder
     with pytest.raises(ValueError, match=r"variant 'bf16', only plain ones and unet: fp16; vae: non_ema$"):
@@ -178,7 +185,7 @@ def test_wanted_takes_what_we_read_and_no_more():
     assert set(wanted("x", everything, None)) == {*SMALL, *PLAIN}
     assert set(wanted("x", everything, "fp16")) == {*SMALL, *FP16}
     assert set(wanted("x", everything, "non_ema")) == \
-        {*SMALL, *PLAIN[1:], "unet/diffusion_pytorch_model.non_ema.bin"}                        # per component
+        {*SMALL, *PLAIN[1:], "unet/diffusion_pytorch_model.non_ema.bin"}        # per component
     assert set(wanted("x", [*REST, *SMALL, *PLAIN[1:]], None)) == \
         {*SMALL, *PLAIN[1:], "unet/diffusion_pytorch_model.bin"}
 
@@ -191,13 +198,17 @@ def test_wanted_takes_an_index_with_its_shards():
 
 
 def test_wanted_refuses_what_is_no_pipeline():
-    with pytest.raises(FileNotFoundError, match=r"org/lora is not .*: no model_index\.json, but README\.md, lora\.saf"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"org/lora is not .*: no model_index\.json, but README\.md, lora\.saf"):
         wanted("org/lora", ["lora.safetensors", "README.md"], None)
-    with pytest.raises(FileNotFoundError, match=r"org/dit is not a pipeline of U-Net.*: no unet/config\.json, but"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"org/dit is not a pipeline of U-Net.*: no unet/config\.json, but"):
         wanted("org/dit", ["model_index.json", "vae/config.json", "transformer/config.json"], None)
-    with pytest.raises(FileNotFoundError, match=r"neither safetensors nor \.bin weights in unet/, but config\.json"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"neither safetensors nor \.bin weights in unet/, but config\.json"):
         wanted("x", [*SMALL, *PLAIN[1:], "unet/diffusion_flax_model.msgpack"], None)
-    with pytest.raises(ValueError, match=r"No component of x has weights of variant 'fp16', only plain ones: leave"):
+    with pytest.raises(ValueError,
+                       match=r"No component of x has weights of variant 'fp16', only plain ones: leave"):
         wanted("x", [*SMALL, *PLAIN], "fp16")
 
 
@@ -223,7 +234,8 @@ def test_variants_are_added_to_the_cache(hub):
     hub.asked.clear()
     find("org/model", variant="fp16")
     assert hub.asked == []
-    with pytest.raises(ValueError, match="'bf16', only plain ones and unet: fp16; vae: fp16; text_encoder: fp16"):
+    with pytest.raises(ValueError,
+                       match="'bf16', only plain ones and unet: fp16; vae: fp16; text_encoder: fp16"):
         find("org/model", variant="bf16")
 
 
@@ -240,7 +252,8 @@ def test_a_variant_that_only_some_components_have(hub, monkeypatch):
 
 
 def test_revisions(hub):
-    hub.repositories.update({"org/model": repository(*SMALL, *PLAIN), "org/model@v1": repository(*SMALL, *FP16)})
+    hub.repositories.update({"org/model": repository(*SMALL, *PLAIN),
+                             "org/model@v1": repository(*SMALL, *FP16)})
     new, old = find("org/model"), find("org/model", revision="v1", variant="fp16")
     assert (new.name, old.name) == (COMMIT, OLDER)
     assert files_in(new) == {*SMALL, *PLAIN}
@@ -252,10 +265,12 @@ def test_revisions(hub):
 
 
 def test_repositories_that_are_refused(hub):
-    with pytest.raises(FileNotFoundError, match=r"no repository http.*/org/typo \(or.* no folder .*org/typo$"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"no repository http.*/org/typo \(or.* no folder .*org/typo$"):
         find("org/typo")
     hub.repositories["org/gated"] = "GatedRepo"                     # its listing is public, its files are not
-    with pytest.raises(PermissionError, match=r"org/gated is gated: accept its terms on http.*/org/gated, then `hf"):
+    with pytest.raises(PermissionError,
+                       match=r"org/gated is gated: accept its terms on http.*/org/gated, then `hf"):
         find("org/gated")
     hub.repositories["org/lora"] = repository("lora.safetensors")
     with pytest.raises(FileNotFoundError, match="org/lora is not a pipeline"):
@@ -265,7 +280,8 @@ def test_repositories_that_are_refused(hub):
 def test_an_interrupted_download_goes_on(hub, monkeypatch):
     hub.repositories["org/model"] = repository(*SMALL, *PLAIN)
     monkeypatch.setattr(hub, "fail_at", PLAIN[0])
-    with pytest.raises(ConnectionError, match=r"org/model is not complete in the cache .*/cache and could not be d"):
+    with pytest.raises(ConnectionError,
+                       match=r"org/model is not complete in the cache .*/cache and could not be d"):
         find("org/model")
     monkeypatch.setattr(hub, "fail_at", "")
     assert files_in(find("org/model")) == {*SMALL, *PLAIN}
@@ -278,7 +294,8 @@ def test_a_hub_that_goes_away_in_the_middle(hub, tmp_path, monkeypatch):
     hub.repositories["org/model@v1"] = repository(*SMALL, *PLAIN)
     cached(tmp_path, *SMALL)
     monkeypatch.setattr(hub, "fail_at", f"/tree/{OLDER}")
-    with pytest.raises(ConnectionError, match=r"org/model was cut off: .* lacks unet/diffusion.*\. Try again"):
+    with pytest.raises(ConnectionError,
+                       match=r"org/model was cut off: .* lacks unet/diffusion.*\. Try again"):
         find("org/model", revision=OLDER)
 
 
@@ -311,9 +328,11 @@ def test_offline_with_a_cache(hub, tmp_path, monkeypatch):
     folder = cached(tmp_path, *SMALL, *FP16)
     assert find("org/model", variant="fp16") == folder
     assert find("org/model", variant="fp16", revision=OLDER) == folder
-    with pytest.raises(ConnectionError, match=r"org/model is not complete in the cache .*OfflineModeIsEnabled"):
+    with pytest.raises(ConnectionError,
+                       match=r"org/model is not complete in the cache .*OfflineModeIsEnabled"):
         find("org/model")                                          # only float16 is there
-    with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE.*Check the connection, or give a local folder"):
+    with pytest.raises(ConnectionError,
+                       match=r"HF_HUB_OFFLINE.*Check the connection, or give a local folder"):
         find("org/other")
     with pytest.raises(ConnectionError):
         find("org/model", variant="fp16", revision="v1")
@@ -323,7 +342,8 @@ def test_offline_with_a_cache(hub, tmp_path, monkeypatch):
 def test_a_hub_out_of_reach(hub, tmp_path, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT",
+                            f"http://127.0.0.1:{closed.getsockname()[1]}")
     folder = cached(tmp_path, *SMALL, *PLAIN)
     assert find("org/model") == folder
     with pytest.raises(ConnectionError, match="org/model is not complete in the cache"):

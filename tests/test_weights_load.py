@@ -109,7 +109,8 @@ def test_old_names_of_the_vae_attention(folder, tmp_path, convolutions):
     assert sum("proj_attn" in name for name in old) == 4            # weight and bias, in encoder and decoder
     save_file(old, tmp_path / "diffusion_pytorch_model.safetensors")
     assert_same(load_module(lambda: vae_of(folder), tmp_path, rename=rename_old_vae_attention), new)
-    with pytest.raises(ValueError, match=r"16 missing from the file: encoder\.mid_block\.attentions\.0\.to_q\.weight"):
+    with pytest.raises(ValueError,
+                       match=r"16 missing from the file: encoder\.mid_block\.attentions\.0\.to_q\.weight"):
         load_module(lambda: vae_of(folder), tmp_path)
 
 
@@ -160,7 +161,8 @@ def test_build_runs_on_the_meta_device(tmp_path, small):
 
 
 def test_memory_peaks_near_the_weights(tmp_path):
-    """64 tensors of 1 MB, float32 to float16: memory beside the mapped file grows by the result, 0.5 MB a tensor."""
+    """64 tensors of 1 MB, float32 to float16: memory beside the mapped file grows by the
+    result, 0.5 MB a tensor."""
     if not os.path.exists("/proc/self/status"):
         pytest.skip("needs /proc")
     save_file({f"{i}.weight": torch.ones(512, 512) for i in range(64)}, tmp_path / "model.safetensors")
@@ -178,13 +180,13 @@ def test_memory_peaks_near_the_weights(tmp_path):
 
     def load():
         used.clear()
-        return load_module(lambda: nn.Sequential(*(Watched(512, 512, bias=False) for _ in range(64))), tmp_path,
-                           dtype=torch.float16)
+        return load_module(lambda: nn.Sequential(*(Watched(512, 512, bias=False) for _ in range(64))),
+                           tmp_path, dtype=torch.float16)
     load()                                                          # whatever is loaded on first use
     before = anonymous()
     module = load()
     assert len(used) == 64
-    assert max(used) - before < sum(p.nbytes for p in module.parameters()) + 6_000_000          # 34 MB and some slack
+    assert max(used) - before < sum(p.nbytes for p in module.parameters()) + 6_000_000  # 34 MB and some slack
 
 
 def test_buffers_that_are_never_saved_must_come_from_rename(tmp_path, small):
@@ -230,10 +232,12 @@ def test_the_error_says_what_each_side_looks_like(folder, tmp_path):
     inpainting = UNetConfig.from_hf({**read_json(folder / "unet" / "config.json"), "in_channels": 9})
     message = error_of(lambda: UNet(inpainting), folder / "unet")
     assert "conv_in.weight (16, 4, 3, 3), in the model (16, 9, 3, 3)" in message
-    assert "The file looks like a U-Net with 4 input channels, the model like a U-Net with 9 input channels" in message
+    assert ("The file looks like a U-Net with 4 input channels, "
+            "the model like a U-Net with 9 input channels") in message
     message = error_of(lambda: vae_of(folder), folder / "unet", variant="fp16")
     assert re.search(r"The weights in .*unet \(\d+ shards\) do not fit", message)
-    assert "looks like a U-Net with 4 input channels, the model like an autoencoder with 4 latent channels" in message
+    assert ("looks like a U-Net with 4 input channels, "
+            "the model like an autoencoder with 4 latent channels") in message
 
 
 @pytest.mark.parametrize(("name", "kind"), [
@@ -260,8 +264,9 @@ def test_a_truncated_shard_is_named(folder, tmp_path):
     for name in names:
         (tmp_path / name).write_bytes((folder / "unet" / name).read_bytes())
     (tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    full = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert_same(load_module(lambda: unet_of(folder), tmp_path, variant="fp16"),
-                {k: v.half() for k, v in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items()})
+                {name: tensor.half() for name, tensor in full.items()})
     (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:-100])
     with pytest.raises(ValueError, match=rf"{re.escape(names[1])} \([\d,]+ bytes\) is truncated"):
         load_module(lambda: unet_of(folder), tmp_path, variant="fp16")
@@ -274,7 +279,8 @@ def test_rename_old_vae_attention_touches_nothing_else():
              "encoder.mid_block.resnets.0.conv1.weight": torch.ones(4, 4, 1, 1),
              "quant_conv.weight": torch.ones(8, 8, 1, 1)}
     renamed = rename_old_vae_attention(state, {})
-    assert {name: tensor.shape for name, tensor in renamed.items()} == {name: t.shape for name, t in state.items()}
+    assert {name: tensor.shape for name, tensor in renamed.items()} == \
+        {name: t.shape for name, t in state.items()}
 
 
 @pytest.mark.parametrize("stored", ["", "text_model."])
@@ -290,4 +296,4 @@ def test_rename_clip_inserts_and_strips(stored, model):
     assert renamed[f"{model}embeddings.position_ids"].tolist() == [[0, 1, 2, 3, 4]]
     assert not renamed[f"{model}embeddings.position_ids"].is_floating_point()
     del wanted[f"{model}embeddings.position_ids"]
-    assert rename_clip(state, wanted).keys() == wanted.keys()                       # dropped where it is not wanted
+    assert rename_clip(state, wanted).keys() == wanted.keys()       # dropped where it is not wanted

@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from ldm.weights.read import Weights, choose, read_json, read_tensors, variants, weight_files
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
-TENSORS = {"a": torch.arange(300_000, dtype=torch.float32).reshape(300, 1000), "b": torch.ones(3, dtype=torch.float16)}
+POINTER = (b"version https://git-lfs.github.com/spec/v1\n"
+           b"oid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n")
+TENSORS = {"a": torch.arange(300_000, dtype=torch.float32).reshape(300, 1000),
+           "b": torch.ones(3, dtype=torch.float16)}
 
 
 def write_shards(folder, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
@@ -19,13 +21,15 @@ def write_shards(folder, names=("model-00001-of-00002.safetensors", "model-00002
     folder.mkdir(exist_ok=True)
     for name, key in zip(names, TENSORS, strict=True):
         save_file({key: TENSORS[key]}, folder / name)
-    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": dict(zip(TENSORS, names, strict=True))}))
+    weight_map = dict(zip(TENSORS, names, strict=True))
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
 # -- the choice of files -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("names", "variant", "expected"), [
-    ("diffusion_pytorch_model.safetensors diffusion_pytorch_model.bin", None, "diffusion_pytorch_model.safetensors"),
+    ("diffusion_pytorch_model.safetensors diffusion_pytorch_model.bin",
+     None, "diffusion_pytorch_model.safetensors"),
     ("model.safetensors pytorch_model.bin",                             None, "model.safetensors"),
     ("pytorch_model.bin model.fp16.safetensors",                        None, "pytorch_model.bin"),
     ("model.safetensors model.fp16.safetensors",                      "fp16", "model.fp16.safetensors"),
@@ -55,12 +59,13 @@ def test_choose_an_index_and_its_shards_in_every_spelling(variant, index, shard,
 
 
 def test_choose_nothing_and_variants():
-    names = ["config.json", "diffusion_flax_model.msgpack", "openvino_model.bin", "model.onnx", "model.fp16.json"]
+    names = ["config.json", "diffusion_flax_model.msgpack", "openvino_model.bin", "model.onnx",
+             "model.fp16.json"]
     assert choose(names, None) is None
     assert variants(names) == set()
     assert variants(["model.fp16.safetensors", "diffusion_pytorch_model.non_ema.bin", "pytorch_model.bin",
-                     "model.bf16-00001-of-00003.safetensors", "diffusion_pytorch_model-00001-of-00002.old.bin",
-                     "model-00001-of-00002.safetensors"]) == {"fp16", "non_ema", "bf16", "old"}
+                     "model.bf16-00001-of-00003.safetensors", "model-00001-of-00002.safetensors",
+                     "diffusion_pytorch_model-00001-of-00002.old.bin"]) == {"fp16", "non_ema", "bf16", "old"}
 
 
 def test_weight_files_falls_back_with_a_warning_that_names_the_component(tmp_path):
@@ -75,7 +80,8 @@ def test_weight_files_falls_back_with_a_warning_that_names_the_component(tmp_pat
 def test_weight_files_without_weights_says_what_is_there(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "diffusion_pytorch_model.fp16.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"has no weights.*In the folder: config\.json.*Variants: fp16$"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"has no weights.*In the folder: config\.json.*Variants: fp16$"):
         weight_files(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'ema' or plain"):
         weight_files(tmp_path, "ema")
@@ -104,19 +110,22 @@ def test_an_index_may_name_its_shards_as_it_likes(tmp_path):
 def test_missing_shards_are_named(tmp_path):
     write_shards(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-00002\.safetensors, named in model\.safet"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"lacks model-00002-of-00002\.safetensors, named in model\.safet"):
         weight_files(tmp_path)
 
 
-@pytest.mark.parametrize("shard", ["../other/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "",
-                                   "..\\model.safetensors"])
+@pytest.mark.parametrize("shard", ["../other/model.safetensors", "/etc/passwd", "sub/model.safetensors",
+                                   "..", "", "..\\model.safetensors"])
 def test_an_index_that_points_out_of_the_folder_is_refused(tmp_path, shard):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(ValueError, match=f"names {re.escape(repr(shard))}, which is not a file beside it: refused"):
+    with pytest.raises(ValueError,
+                       match=f"names {re.escape(repr(shard))}, which is not a file beside it: refused"):
         weight_files(tmp_path)
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 1, "b": "c"}}])
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]},
+                                   {"weight_map": {"a": 1, "b": "c"}}])
 def test_an_index_without_a_weight_map(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match='no "weight_map"'):
@@ -134,7 +143,8 @@ def test_bin_files_old_and_new(tmp_path, zipped):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_tensors_are_mapped_and_private(tmp_path, name):
-    """Reading 40 MB costs no memory before the tensors are used, and writing to a tensor leaves the file alone."""
+    """Reading 40 MB costs no memory before the tensors are used, and writing to a tensor
+    leaves the file alone."""
     big  = {"big": torch.ones(10_000_000)}
     file = tmp_path / name
     save_file(big, file) if name.endswith("safetensors") else torch.save(big, file)
@@ -145,7 +155,7 @@ def test_tensors_are_mapped_and_private(tmp_path, name):
 
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("needs /proc")
-    read_tensors([file])                                                    # whatever is imported on first use
+    read_tensors([file])                                            # whatever is imported on first use
     before = resident()
     tensor = read_tensors([file])["big"]
     assert resident() - before < 10_000_000
@@ -166,7 +176,8 @@ def test_truncated_files(tmp_path, kind, keep):
     data = file.read_bytes()
     size = keep if isinstance(keep, int) else int(keep * len(data))
     file.write_bytes(data[:size])
-    with pytest.raises(ValueError, match=rf"{file.name} \({size:,} bytes\) is truncated .*: download it again"):
+    with pytest.raises(ValueError,
+                       match=rf"{file.name} \({size:,} bytes\) is truncated .*: download it again"):
         read_tensors([file])
 
 
@@ -174,7 +185,8 @@ def test_truncated_files(tmp_path, kind, keep):
 def test_lfs_pointers_and_web_pages(tmp_path, name):
     file = tmp_path / name
     file.write_bytes(POINTER)
-    with pytest.raises(ValueError, match=rf"{name} is not .* a Git LFS pointer of {len(POINTER)} bytes: run `git lfs"):
+    with pytest.raises(ValueError,
+                       match=rf"{name} is not .* a Git LFS pointer of {len(POINTER)} bytes: run `git lfs"):
         read_tensors([file])
     file.write_bytes(b"<!DOCTYPE html><html><body>Entry not found</body></html>")
     with pytest.raises(ValueError, match="truncated or not what it should be"):
