@@ -53,6 +53,7 @@ def run(path: Path, state: dict[str, Any], steps: int, learning_rate: float,
     done, seconds = resume(path, state)
     optimiser, start = state["optimiser"], time.time()
     sums: dict[str, float] = {}
+    count = 0                                                              # of the steps in `sums`
     for i in range(done, steps):
         rate = learning_rate * min(1, (i + 1) / 100, max(.02, (steps - i) / (.25 * steps)))
         for group in optimiser.param_groups:
@@ -67,14 +68,14 @@ def run(path: Path, state: dict[str, Any], steps: int, learning_rate: float,
                 holder.update(i)
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0) + float(loss.detach())
+        count += 1
         if (i + 1) % every == 0 or i + 1 == steps:
-            count = (i + 1 - done) % every or min(every, i + 1 - done)
             spent = seconds + time.time() - start
             means = "  ".join(f"{name} {value / count:.4f}" for name, value in sums.items())
             print(f"{path.stem} {i + 1}/{steps}  {spent / 60:.1f} min  {means}  {report(i + 1)}", flush=True)
             progress = {"step": i + 1, "seconds": spent}
             save({name: holder.state_dict() for name, holder in state.items()} | progress, path)
-            sums = {}
+            sums, count = {}, 0
 
 
 def sheet(images: Tensor, columns: int, path: Path) -> None:

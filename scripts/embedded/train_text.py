@@ -206,8 +206,8 @@ def train(out: Path, steps: int, device: str) -> None:
             _, found = losses(scenes, list(map(plain_caption, scenes)), torch.zeros(1, LENGTH, WIDTH))
             right = answers(scenes)
             both = torch.ones(len(scenes), dtype=torch.bool)
-            for name in ("shape", "colour"):
-                both &= (found[name].argmax(-1).cpu() == right[name]).all(1)
+            for what in ("shape", "colour"):
+                both &= (found[what].argmax(-1).cpu() == right[what]).all(1)
             text.append(f"{name} pairs read {both.float().mean():.1%}")
         return ", ".join(text)
 
