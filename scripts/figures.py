@@ -1,10 +1,14 @@
 """Makes every picture of README and docs again: python scripts/figures.py"""
+import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import ldm
 from ldm import images
 
-IMAGES  = Path(__file__).parent.parent / "docs" / "images"
+IMAGES  = ROOT / "docs" / "images"
 PROMPTS = [
     "a red circle on a blue background",
     "a yellow star on a black background",

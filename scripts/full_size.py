@@ -22,12 +22,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import ldm
-from ldm.models import VAE, UNet, UNetConfig, VAEConfig
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from oracles import SD_VAE, UNETS
 from tiny import SCHEDULER, SPECIAL_TOKENS, write_tokenizer
+
+import ldm
+from ldm.models import VAE, UNet, UNetConfig, VAEConfig
 
 DTYPE     = {"cpu": torch.float32, "cuda": torch.float16}
 TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
