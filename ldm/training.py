@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")     # the names of scheduler_config.json
+from .denoiser import PREDICTIONS
 
 
 def sample_timesteps(count: int, total: int = 1000, noisy_share: float = 0.0, noisy_from: int = 800,

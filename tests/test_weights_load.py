@@ -3,6 +3,7 @@ import json
 import os
 import re
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,8 +11,6 @@ from torch import nn
 
 from ldm.models import VAE, UNet, UNetConfig, VAEConfig
 from ldm.weights import load_module, read_json, rename_clip, rename_old_vae_attention
-
-diffusers = pytest.importorskip("diffusers")
 
 
 class Small(nn.Module):
