@@ -66,7 +66,7 @@ def front_page(app, docname, source):
         return
     path   = Path(app.confdir).parent / "README.md"
     readme = path.read_text("utf-8").replace("](docs/", "](")
-    readme = re.sub(r"(?<!!)\[([^]]+)\]\((?!\w+:|#)(?![^)]*\.(?:md|png)\))[^)]*\)", r"\1", readme)
+    readme = re.sub(r"(?<!!)\[([^]]+)\]\((?!\w+:|#)(?![^)/]*\.md\))[^)]*\)", r"\1", readme)
     app.env.note_dependency(path)
     source[0] = readme + source[0]
 
