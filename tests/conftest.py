@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 import os
+import socket
 
 import pytest
 
@@ -18,3 +19,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any use of the network is an error, though huggingface_hub believes that it is online."""
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was used")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

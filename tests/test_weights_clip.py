@@ -1,6 +1,5 @@
 """CLIP text encoders and tokenizers from a folder, whichever version of transformers wrote it."""
 import json
-import socket
 
 import pytest
 import torch
@@ -156,15 +155,6 @@ def write_tokenizer(folder, pad=None):
     if pad:
         (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": pad}))
     return folder
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was used")
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 @pytest.mark.parametrize(("pad", "padding"), [(None, 9), ("<|endoftext|>", 9), ("!", 0)])
