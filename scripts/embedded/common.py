@@ -5,16 +5,51 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from world import Scene, render
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))     # `ldm` of this checkout, installed or not
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
+
+
+def join(device: str) -> str:
+    """Joins the processes of torchrun, if it started this one; returns the device of this process."""
+    if WORLD == 1:
+        return device
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+
+
+def draw(i: int) -> int:
+    """What seeds step i of this process: no two processes see the same pictures."""
+    return i * WORLD + RANK
+
+
+def once(action: Callable[[], Any]) -> None:
+    """Does it in the first process only, while the others wait: afterwards the files it writes are there for
+    all."""
+    if RANK == 0:
+        action()
+    if WORLD > 1:
+        dist.barrier()
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Over the processes: a step of all of them is one step on all their samples."""
+    if WORLD > 1:
+        for p in parameters:
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
 
 
 def pixels(scenes: list[Scene], size: int) -> Tensor:
@@ -49,9 +84,12 @@ def run(path: Path, state: dict[str, Any], steps: int, learning_rate: float,
 
     `state` names what a checkpoint holds: everything with a state_dict, an optimiser under "optimiser" among
     it. The learning rate rises over 100 steps, stays, and falls linearly to 2 % over the last quarter.
+
+    Under torchrun each process takes its own samples (`draw`) and the first one reports and saves.
     """
     done, seconds = resume(path, state)
     optimiser, start = state["optimiser"], time.time()
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
     sums: dict[str, float] = {}
     count = 0                                                              # of the steps in `sums`
     for i in range(done, steps):
@@ -61,7 +99,8 @@ def run(path: Path, state: dict[str, Any], steps: int, learning_rate: float,
         losses = step(i)
         optimiser.zero_grad(set_to_none=True)
         next(iter(losses.values())).backward()
-        torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+        average_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         for holder in state.values():
             if hasattr(holder, "update"):                                   # a running average of the weights
@@ -69,7 +108,7 @@ def run(path: Path, state: dict[str, Any], steps: int, learning_rate: float,
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0) + float(loss.detach())
         count += 1
-        if (i + 1) % every == 0 or i + 1 == steps:
+        if RANK == 0 and ((i + 1) % every == 0 or i + 1 == steps):
             spent = seconds + time.time() - start
             means = "  ".join(f"{name} {value / count:.4f}" for name, value in sums.items())
             print(f"{path.stem} {i + 1}/{steps}  {spent / 60:.1f} min  {means}  {report(i + 1)}", flush=True)

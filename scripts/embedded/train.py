@@ -6,7 +6,9 @@
     polish  the decoder once more, alone                → FOLDER/vae
     export  float16 in Hugging Face layout              → --assets
 
-Start it again after a kill and it goes on from the last checkpoint in FOLDER.
+Start it again after a kill and it goes on from the last checkpoint in FOLDER. On several GPUs:
+
+    torchrun --nproc-per-node 4 scripts/embedded/train.py --out FOLDER
 """
 
 import argparse
@@ -22,6 +24,7 @@ import torch
 import train_text
 import train_unet
 import train_vae
+from common import join, once
 from export import export, load_vae
 
 from ldm.models.unet import UNet
@@ -45,6 +48,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    args.device = join(args.device)
     unknown = set(args.stages) - set(STAGES)
     if unknown:
         parser.error(f"no stage named {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
@@ -60,7 +64,7 @@ def main() -> None:
         elif stage == "polish":
             train_vae.polish(args.out, args.polish_steps, args.size, args.device)
         else:
-            export_model(args)
+            once(lambda: export_model(args))
 
 
 def export_model(args: argparse.Namespace) -> None:
@@ -90,7 +94,7 @@ def card(args: argparse.Namespace, unet: dict) -> str:
     rows = "\n".join(f"| {name} | {steps[name]} | {minutes[name]:.0f} |" for name in minutes)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=Path(__file__).parent)
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else \
+    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else \
         f"{args.threads} threads of a {platform.machine()} CPU shared with other work"
     def written(name: str, otherwise: str) -> str:
         return (args.out / name).read_text() if (args.out / name).exists() else otherwise

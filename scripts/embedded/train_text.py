@@ -16,7 +16,7 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from common import run
+from common import draw, once, run
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from world import COLOURS, RELATIONS, SHAPES, SIZES, TEXTURES, Scene, caption, random_scene
@@ -41,7 +41,7 @@ ball apple person man woman child face hand eye
 
 # -------------------------------------------------------------------------------------------------- tokenizer
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer(folder: Path) -> None:
     """Writes a CLIP tokenizer (byte-level BPE, lower case) whose merges make every word of the captions one
     token."""
     rng = Random(1)
@@ -61,7 +61,6 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True,
          "add_prefix_space": False, "errors": "replace", **special}, indent=2) + "\n")
-    return CLIPTokenizer.from_pretrained(folder)
 
 
 def learn_merges(counts: Counter[str]) -> list[tuple[str, str]]:
@@ -174,7 +173,8 @@ def plain_caption(scene: Scene) -> str:
 def train(out: Path, steps: int, device: str) -> None:
     torch.manual_seed(0)
     folder = out / "tokenizer"
-    tokenizer = CLIPTokenizer.from_pretrained(folder) if folder.exists() else make_tokenizer(folder)
+    once(lambda: folder.exists() or make_tokenizer(folder))
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
     encoder, reader = make_encoder(tokenizer).to(device), SceneReader().to(device)
     optimiser = torch.optim.AdamW([*encoder.parameters(), *reader.parameters()], lr=1e-3, betas=(.9, .98),
                                   weight_decay=.01)
@@ -187,10 +187,10 @@ def train(out: Path, steps: int, device: str) -> None:
         return parts, found
 
     def step(i: int) -> dict[str, Tensor]:
-        rng = Random(10_000_000 + i)
+        rng = Random(10_000_000 + draw(i))
         scenes = [random_scene(rng) for _ in range(BATCH)]
         captions = [garble(caption(scene, rng), rng) for scene in scenes]
-        noise = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(i))
+        noise = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(draw(i)))
         parts, _ = losses(scenes, captions, noise)
         return {"loss": sum(parts.values()), **parts}
 
@@ -213,4 +213,4 @@ def train(out: Path, steps: int, device: str) -> None:
 
     state = {"encoder": encoder, "reader": reader, "optimiser": optimiser}
     run(out / "text.pt", state, steps, 1e-3, step, report, every=100)
-    encoder.eval().save_pretrained(out / "text_encoder")
+    once(lambda: encoder.eval().save_pretrained(out / "text_encoder"))

@@ -9,7 +9,7 @@ from random import Random
 
 import numpy as np
 import torch
-from common import pixels, run, sheet
+from common import draw, once, pixels, run, sheet
 from torch import Tensor
 from train_text import tokens
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -49,9 +49,8 @@ PROMPTS = (
 )
 
 
-def encode_scenes(vae: VAE, out: Path, count: int, size: int, device: str) -> Tensor:
-    """(count, 4, h, w) latents in float16, with standard deviation near one; kept in latents.pt, in pieces as
-    it grows."""
+def encode_scenes(vae: VAE, out: Path, count: int, size: int, device: str) -> None:
+    """Writes latents.pt: (count, 4, h, w), float16, standard deviation near one; in pieces as it grows."""
     path, chunk = out / "latents.pt", 1024
     latents = torch.load(path, weights_only=True) if path.exists() else torch.empty(0)
     while len(latents) < count:
@@ -63,15 +62,17 @@ def encode_scenes(vae: VAE, out: Path, count: int, size: int, device: str) -> Te
         latents = torch.cat([latents, *new])
         torch.save(latents, path)
         print(f"encoded {len(latents)}/{count}", flush=True)
-    return latents[:count]
 
 
 def train(out: Path, vae: VAE, steps: int, scenes: int, size: int, device: str) -> None:
     torch.manual_seed(0)
-    latents = encode_scenes(vae, out, scenes, size, device)
+    once(lambda: encode_scenes(vae, out, scenes, size, device))
+    latents = torch.load(out / "latents.pt", weights_only=True)[:scenes]
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(out / "text_encoder").to(device).eval()
     unet = UNet(CONFIG).to(device)
+    on_gpu = device.startswith("cuda")
+    network = torch.compile(unet) if on_gpu else unet
     ema = training.EMA(unet, EMA_DECAY)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.01)
     schedule = NoiseSchedule.scaled_linear()
@@ -84,15 +85,15 @@ def train(out: Path, vae: VAE, steps: int, scenes: int, size: int, device: str) 
     empty, prompted = states([""]), states(list(PROMPTS))
 
     def step(i: int) -> dict[str, Tensor]:
-        generator, rng = torch.Generator().manual_seed(i), Random(30_000_000 + i)
+        generator, rng = torch.Generator().manual_seed(draw(i)), Random(30_000_000 + draw(i))
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
         x0 = latents[chosen].float().to(device)
         text = states([caption(random_scene(Random(SCENE_SEED + k)), rng) for k in chosen.tolist()])
         text = training.drop_captions(text, empty, DROPPED, generator)
         t = training.sample_timesteps(BATCH, noisy_share=NOISY_SHARE, generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = training.denoising_loss(unet, x0, noise, t.to(device), sigmas[t].to(device), text,
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=on_gpu):
+            loss = training.denoising_loss(network, x0, noise, t.to(device), sigmas[t].to(device), text,
                                            "v_prediction")
         return {"loss": loss}
 

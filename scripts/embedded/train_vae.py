@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from common import pixels, run, sheet
+from common import draw, once, pixels, run, sheet
 from export import load_vae, save_part, vae_to_hf
 from torch import Tensor
 from world import random_scene
@@ -47,8 +47,8 @@ def train(out: Path, steps: int, size: int, device: str) -> None:
     test = pixels([random_scene(rng) for _ in range(32)], size).to(device)
 
     def step(i: int) -> dict[str, Tensor]:
-        rng = Random(i)
-        noise = torch.Generator().manual_seed(i)
+        rng = Random(draw(i))
+        noise = torch.Generator().manual_seed(draw(i))
         cropped = i < CROPPED * steps
         images = pixels([random_scene(rng) for _ in range(BATCH if cropped else BATCH // 2)], size)
         if cropped:                                                   # each at a place of its own
@@ -70,7 +70,7 @@ def train(out: Path, steps: int, size: int, device: str) -> None:
         return f"PSNR {psnr(decoded, test):.2f} dB"
 
     run(out / "vae.pt", {"vae": vae, "optimiser": optimiser}, steps, 2e-3, step, report, every=200)
-    save_scaled(vae, out / "vae", size)
+    once(lambda: save_scaled(vae, out / "vae", size))
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def polish(out: Path, steps: int, size: int, device: str) -> None:
         test_latents = torch.cat([vae.encode(images)[0] for images in test.split(8)])
 
     def step(i: int) -> dict[str, Tensor]:
-        rng, generator = Random(40_000_000 + i), torch.Generator().manual_seed(i)
+        rng, generator = Random(40_000_000 + draw(i)), torch.Generator().manual_seed(draw(i))
         images = pixels([random_scene(rng) for _ in range(BATCH // 2)], size)
         images = images.to(device, memory_format=torch.channels_last)
         with torch.no_grad():
@@ -115,4 +115,4 @@ def polish(out: Path, steps: int, size: int, device: str) -> None:
         return f"PSNR {psnr(decoded, test):.2f} dB"
 
     run(out / "polish.pt", {"vae": vae, "optimiser": optimiser}, steps, 1e-3, step, report, every=100)
-    save_part(vae, vae_to_hf(vae.config, size), out / "vae", torch.float32)
+    once(lambda: save_part(vae, vae_to_hf(vae.config, size), out / "vae", torch.float32))

@@ -1,0 +1,68 @@
+"""The training loop of the scripts: killed and started again, and in several processes."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "scripts/embedded"
+
+# Trains a line on samples that the step's number decides; the arguments: checkpoint, steps, samples a step.
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from common import draw, join, once, run
+from ldm.training import EMA
+
+join("cpu")
+torch.manual_seed(0)
+model = torch.nn.Linear(3, 1)
+ema = EMA(model, .9)
+optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+count = int(sys.argv[4])
+
+def step(i):
+    seeds = range(draw(i) * count, (draw(i) + 1) * count)
+    x = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return {"loss": (model(x) - x.sum(1, keepdim=True)).square().mean()}
+
+run(Path(sys.argv[2]), {"model": model, "ema": ema, "optimiser": optimiser}, int(sys.argv[3]), 1e-2, step,
+    lambda i: "reported", every=2)
+once(lambda: Path(sys.argv[2]).with_suffix(".done").write_text("x"))
+"""
+
+
+def train(path: Path, steps: int, samples: int, *launcher: str) -> str:
+    program = path.with_name("program.py")
+    program.write_text(PROGRAM)
+    command = [sys.executable, *launcher, program, EMBEDDED, path, str(steps), str(samples)]
+    return subprocess.run(command, check=True, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+
+
+def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
+    train(tmp_path / "whole.pt", 6, 4)
+    # The learning rate depends on the number of steps, so it is a run of six that is cut off.
+    killed = PROGRAM.replace("def step(i):", "def step(i):\n    if i == 5: raise SystemExit(9)")
+    (tmp_path / "killed.py").write_text(killed)
+    command = [sys.executable, tmp_path / "killed.py", EMBEDDED, tmp_path / "parts.pt", "6", "4"]
+    assert subprocess.run(command, capture_output=True).returncode == 9
+    assert torch.load(tmp_path / "parts.pt", weights_only=True)["step"] == 4
+    train(tmp_path / "parts.pt", 6, 4)
+    whole, parts = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "parts.pt"))
+    for part in ("model", "ema"):
+        for name, value in whole[part].items():
+            assert torch.equal(parts[part][name], value)
+
+
+def test_two_processes_take_one_step_on_all_their_samples(tmp_path):
+    train(tmp_path / "one.pt", 4, 8)
+    printed = train(tmp_path / "two.pt", 4, 4, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                    "--standalone")
+    assert printed.count("reported") == 2           # of steps 2 and 4, by the first process only
+    one, two = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("one.pt", "two.pt"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
