@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub.constants
 import pytest
 
-from ldm.weights.find import find, wanted
+from ldm.weights.find import find, find_vae, wanted
 
 COMMIT, OLDER = "a" * 40, "b" * 40
 MODEL_INDEX   = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
@@ -146,10 +146,10 @@ def test_local_folders_that_are_no_pipelines(tmp_path, monkeypatch, no_network):
     with pytest.raises(FileNotFoundError, match=r"model_index\.json is missing\. In the folder: unet"):
         find(tmp_path / "model")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a file\. Give the folder"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a file, where a folder"):
         find("model.safetensors")
     for name in (tmp_path / "org" / "model", "./org/model", "/no/such/folder",
-                 "a/b/c", "~/models/sd", "org/mo del"):
+                 "a/b/c", "~/models/sd", "org/mo del", "lost.safetensors", "org/lost.ckpt"):
         with pytest.raises(FileNotFoundError, match="There is no folder"):
             find(name)
 
@@ -342,3 +342,46 @@ def test_a_hub_out_of_reach(hub, tmp_path, monkeypatch):
         find("org/model", variant="fp16")                          # nothing of it is in float16
     with pytest.raises(ConnectionError, match=r"org/other is not complete in the cache .*\(Connect"):
         find("org/other")
+
+
+# -- autoencoders alone --------------------------------------------------------------------------------------
+VAE = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "README.md"]
+
+
+def test_a_repository_of_an_autoencoder(hub):
+    hub.repositories["org/vae"] = repository(*VAE)
+    folder = find_vae("org/vae")
+    assert files_in(folder) == set(VAE[:2])
+    hub.asked.clear()
+    assert find_vae("org/vae") == folder
+    assert hub.asked == []
+
+
+def test_the_autoencoder_of_a_whole_model(hub):
+    hub.repositories["org/model"] = repository(*SMALL, *PLAIN, *FP16)
+    folder = find_vae("org/model")
+    assert folder.name == "vae"
+    assert files_in(folder.parent) == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    assert find_vae("org/model", variant="fp16") == folder
+    assert "diffusion_pytorch_model.fp16.safetensors" in files_in(folder)
+
+
+def test_repositories_without_an_autoencoder(hub, tmp_path):
+    hub.repositories["org/lora"] = repository("lora.safetensors", "unet/config.json")
+    with pytest.raises(FileNotFoundError, match=r"org/lora has no autoencoder .*but lora\.safetensors"):
+        find_vae("org/lora")
+    with pytest.raises(FileNotFoundError, match="There is no repository"):
+        find_vae("org/none")
+    hub.asked.clear()
+    for name in ("lost.safetensors", tmp_path / "org" / "vae"):
+        with pytest.raises(FileNotFoundError, match="There is no folder or file"):
+            find_vae(name)
+    assert hub.asked == []
+
+
+def test_the_autoencoder_of_a_folder(tmp_path, no_network):
+    whole, alone = write(tmp_path / "model", *SMALL, *PLAIN), write(tmp_path / "vae", *VAE)
+    assert find_vae(whole) == whole / "vae"
+    assert find_vae(alone) == alone
+    with pytest.raises(ValueError, match="revision='v1' is for repositories"):
+        find_vae(alone, revision="v1")

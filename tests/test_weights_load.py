@@ -9,8 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ldm import weights
 from ldm.models import VAE, UNet, UNetConfig, VAEConfig
-from ldm.weights import load_module, read_json, rename_clip, rename_old_vae_attention
+from ldm.weights import read_json, read_weights, rename_clip, rename_old_vae_attention
+
+
+def load_module(build, folder, *, variant=None, **options):
+    return weights.load_module(build, *read_weights(folder, variant), **options)
 
 
 class Small(nn.Module):
@@ -216,7 +221,7 @@ def test_one_error_for_everything_that_differs(tmp_path, small):
         "  1 unknown to the model: extra\n"
         "  1 of another shape: linear.weight (4, 5), in the model (4, 3)\n"
         "The file looks like something unknown, the model like something unknown. "
-        "Weights and config.json must come from the same model.")
+        "Weights and configuration must come from the same model.")
 
 
 def test_the_error_lists_at_most_eight_of_a_kind(tmp_path):

@@ -206,7 +206,7 @@ class Trap:
 def test_pickled_code_is_not_run(tmp_path, zipped):
     file = tmp_path / "pytorch_model.bin"
     torch.save({**TENSORS, "x": Trap(str(tmp_path / "trapped"))}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"holds more than tensors \((posix|nt)\.mkdir\).*refused"):
+    with pytest.raises(ValueError, match=r"not hold a dictionary of tensors.*: 'x' is (posix|nt)\.mkdir"):
         read_tensors([file])
     assert not (tmp_path / "trapped").exists()
 

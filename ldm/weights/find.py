@@ -4,7 +4,7 @@ The cache comes first: a snapshot with all we need is used without asking the Hu
 works offline, a model whose repository was deleted goes on working, and files do not change under a seed. A
 newer version comes with `hf download NAME`, or with `revision=`.
 """
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +15,7 @@ from .read import choose, file_names, read_json, shards, variants
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 SMALL_FILES  = ["model_index.json", *(f"{part}/config.json" for part in WITH_WEIGHTS), "scheduler/*.json",
                 "tokenizer/*.json", "tokenizer/*.txt", "tokenizer_2/*.json", "tokenizer_2/*.txt"]
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")    # such names are not sought on the Hub
 TIMEOUT = 10    # seconds until the Hub counts as out of reach
 
 
@@ -38,22 +39,45 @@ def find(name: str | Path, *, revision: str | None = None, variant: str | None =
         files = [f"{part}/{file}" for part in WITH_WEIGHTS for file in file_names(folder / part)]
         _require_variant(folder, files, variant)
         return folder
-    if folder.exists():
-        raise FileNotFoundError(f"{folder} is a file. Give the folder of a pipeline (with model_index.json)")
-    if isinstance(name, Path) or not _is_hub_id(name):
-        raise FileNotFoundError(f"There is no folder {folder.absolute()} (and {str(name)!r} cannot be on the "
-                                'Hub, whose names read "organisation/model")')
-
-    cached = _in_cache(name, revision)
+    name   = _hub_id(name)
+    cached = _in_cache(name, revision, SMALL_FILES)
     have   = _complete(cached, variant) if cached else None
     if cached and have is not None and have <= {variant}:
         return cached
     try:
-        return _download(name, revision, variant)
+        return _download(name, revision, lambda listing: wanted(name, listing, variant))
     except OSError:
         if cached and have is not None and variant in have:     # complete, if not all of it in the variant
             return cached
         raise
+
+
+def find_vae(name: str | Path, *, revision: str | None = None, variant: str | None = None) -> Path:
+    """The local folder of an autoencoder (`config.json` and weights): in `name` itself, or in its `vae/`.
+
+    Arguments and errors are those of `find`; a folder is only looked into when it is read.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for repositories on the Hub; {folder} is a folder")
+        return _with_config(folder)
+    name   = _hub_id(name)
+    cached = _in_cache(name, revision, ["vae/config.json", "config.json"])
+    if cached and (have := choose(file_names(_with_config(cached)), variant)) and have.variant == variant:
+        return _with_config(cached)
+
+    def files(listing: Collection[str]) -> list[str]:
+        part    = "vae/" if "vae/config.json" in listing else ""
+        names   = [path.removeprefix(part) for path in listing if path.startswith(part)]
+        weights = choose(names, variant)
+        if weights is None or "config.json" not in names:
+            raise FileNotFoundError(f"{name} has no autoencoder in Hugging Face layout (config.json and "
+                                    "weights, at the top or in vae/), but "
+                                    f"{', '.join(sorted(listing)[:12]) or 'nothing'}")
+        return [part + file for file in ("config.json", weights.main, *weights.shards)]
+
+    return _with_config(_download(name, revision, files))
 
 
 def wanted(name: str, listing: Collection[str], variant: str | None) -> list[str]:
@@ -78,12 +102,13 @@ def wanted(name: str, listing: Collection[str], variant: str | None) -> list[str
     return files
 
 
-def _download(name: str, revision: str | None, variant: str | None) -> Path:
+def _download(name: str, revision: str | None, choice: Callable[[Collection[str]], list[str]]) -> Path:
+    """Downloads the files that `choice` names, of all that are listed. Returns the snapshot's folder."""
     from huggingface_hub import HfApi, snapshot_download
 
     with _explained(name, revision):
         siblings = HfApi().model_info(name, revision=revision, timeout=TIMEOUT).siblings or []
-    files = wanted(name, [file.rfilename for file in siblings], variant)
+    files = choice([file.rfilename for file in siblings])
     with _explained(name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
     if missing := [file for file in files if not (folder / file).is_file()]:    # the Hub went away meanwhile
@@ -91,16 +116,19 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
     return folder
 
 
-def _in_cache(name: str, revision: str | None) -> Path | None:
-    """The cached snapshot of this revision, unless huggingface_hub knows that small files are missing."""
+def _in_cache(name: str, revision: str | None, files: list[str]) -> Path | None:
+    """The cached snapshot of this revision, unless huggingface_hub knows that some of `files` are missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True,
-                                      allow_patterns=SMALL_FILES))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=files))
     except LocalEntryNotFoundError:
         return None
+
+
+def _with_config(folder: Path) -> Path:
+    return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 
 def _complete(folder: Path, variant: str | None) -> set[str | None] | None:
@@ -133,15 +161,22 @@ def _inside(listing: Collection[str], folder: str) -> list[str]:
     return [part[1] for part in parts if part[0] == folder and len(part) == 2]
 
 
-def _is_hub_id(name: str) -> bool:
+def _hub_id(name: str | Path) -> str:
+    """The name, if it can be that of a repository; FileNotFoundError otherwise."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise FileNotFoundError(f"{path} is a file, where a folder or the name of a repository is wanted")
     try:
-        validate_repo_id(name)
+        if isinstance(name, str) and path.suffix not in FILE_SUFFIXES:
+            validate_repo_id(name)
+            return name
     except HFValidationError:
-        return False
-    return True
+        pass
+    raise FileNotFoundError(f"There is no folder or file {path.absolute()} (and {str(name)!r} cannot be on "
+                            'the Hub, whose names read "organisation/model")')
 
 
 @contextmanager

@@ -1,41 +1,74 @@
-"""From files to modules: built on the meta device, read, renamed, checked, and only then given memory."""
+"""From tensors to modules: built on the meta device, renamed, checked, and only then given memory."""
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .names import Rename, rename_clip
-from .read import read_json, read_tensors, weight_files
+from ..models import VAE, TinyVAE, TinyVAEConfig, UNet, UNetConfig, VAEConfig
+from .detect import kind
+from .names import Rename, State, rename_ldm_unet, rename_ldm_vae, rename_open_clip, rename_taesd
+from .read import read_json
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
-# How to tell what a set of tensors is: part of a name → what it is, and whose second dimension says more.
-KINDS = (
-    ("model.diffusion_model.",     "a single-file checkpoint in LDM names",   ""),
-    ("lora",                       "a LoRA",                                  ""),
-    ("controlnet_cond_embedding.", "a ControlNet",                            ""),
-    ("input_blocks.",              "a U-Net in LDM names",                    ""),
-    ("time_embedding.",            "a U-Net with {} input channels",          "conv_in.weight"),
-    ("mid.attn_1.",                "an autoencoder in LDM names",             ""),
-    ("decoder.mid_block.",         "an autoencoder with {} latent channels",  "decoder.conv_in.weight"),
-    ("vision_model.",              "a CLIP with image encoder",               ""),
-    ("token_embedding.",           "a CLIP text encoder of width {}",         "token_embedding.weight"),
-    ("SelfAttention.",             "a T5 text encoder",                       ""),
-)
-SHOWN = 8       # tensors of each kind that an error lists
+SHOWN = 8       # tensors of each kind that a message lists
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_module(build: Callable[[], Module], folder: Path, *, variant: str | None = None,
+class Part(NamedTuple):
+    """What a folder or a file knows of one part of a model."""
+    where: str                  # it was read, for messages
+    config: dict[str, Any]      # as config.json has it
+    tensors: State              # under the names of the file
+
+
+def load_part(name: str, part: Part, *, device: str | torch.device = "cpu",
+              dtype: torch.dtype | None = None) -> Any:
+    """The module of a part: "unet", "vae", "text_encoder" or "text_encoder_2", as `load_module` makes it.
+
+    ValueError: the config describes something that is not implemented.
+    """
+    build, rename = plan(name, part)
+    return load_module(build, part.tensors, part.where, device=device, dtype=dtype, rename=rename)
+
+
+def plan(name: str, part: Part) -> tuple[Callable[[], nn.Module], Rename]:
+    """For a part: what builds its module, and what knows all the names that its tensors go by."""
+    if name == "unet":
+        unet_config = UNetConfig.from_hf(part.config)
+        return lambda: UNet(unet_config), rename_ldm_unet
+    if name == "vae":
+        config = vae_config(part)
+        if isinstance(config, TinyVAEConfig):
+            return lambda: TinyVAE(config), rename_taesd
+        return lambda: VAE(config), rename_ldm_vae
+    if not name.startswith("text_encoder"):
+        raise ValueError(f"{part.where} is a {name}, which ldm does not have")
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    classes = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+    found   = (part.config.get("architectures") or ["CLIPTextModel"])[0]
+    if found not in classes:
+        raise ValueError(f"config.json of {part.where} describes a {found}; "
+                         f"it can be a {' or a '.join(classes)}")
+    return lambda: classes[found](CLIPTextConfig.from_dict(part.config)), rename_open_clip
+
+
+def vae_config(part: Part) -> VAEConfig | TinyVAEConfig:
+    tiny = part.config.get("_class_name") == "AutoencoderTiny"
+    return TinyVAEConfig.from_hf(part.config) if tiny else VAEConfig.from_hf(part.config)
+
+
+def load_module(build: Callable[[], Module], tensors: State, where: str, *,
                 device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                 rename: Rename | None = None) -> Module:
-    """The module that `build` makes, with the weights in `folder`, in evaluation mode and frozen.
+    """The module that `build` makes, with the given weights, in evaluation mode and frozen.
 
-    variant: a second set of weights, "fp16" say; see `weight_files`.
+    where:   the tensors come from, for messages.
     dtype:   of the floating-point tensors; None keeps the file's. They are cast one by one, so memory peaks
              one tensor above the finished module. What needs no cast and stays on the CPU remains mapped
              from the file: replace such a file as a whole, never write into it while the module lives.
@@ -44,19 +77,14 @@ def load_module(build: Callable[[], Module], folder: Path, *, variant: str | Non
     Frozen: no parameter requires a gradient, but gradients with respect to inputs flow as ever. To train,
     call `.requires_grad_(True).train()`.
 
-    Strict: the files hold the tensors of the model, all, no others, in the same shapes, or a ValueError says
-    which do not. Buffers that are never saved (`persistent=False`) must come from `rename`, so nothing stays
-    on the meta device. FileNotFoundError, ValueError: as `weight_files` and `read_tensors`.
+    Strict: these are the tensors of the model, all, no others, in the same shapes, or a ValueError says which
+    are not. Buffers that are never saved (`persistent=False`) must come from `rename`, so nothing stays on
+    the meta device.
     """
-    with torch.device("meta"):
-        module = build()
+    module, wanted = skeleton(build)
     buffers = dict(module.named_buffers())
-    wanted  = {**module.state_dict(), **buffers}
-    files   = weight_files(folder, variant)
-    state   = read_tensors(files)
-    if rename is not None:
-        state = rename(state, wanted)
-    _check(state, wanted, files)
+    state   = dict(tensors) if rename is None else rename(tensors, wanted)
+    _check(state, wanted, where)
     for name in wanted:
         tensor = state.pop(name)
         tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
@@ -66,24 +94,11 @@ def load_module(build: Callable[[], Module], folder: Path, *, variant: str | Non
     return module.eval()
 
 
-def load_text_encoder(folder: Path, *, variant: str | None = None, device: str | torch.device = "cpu",
-                      dtype: torch.dtype | None = None) -> "CLIPTextModel | CLIPTextModelWithProjection":
-    """The CLIP text encoder in `folder`, whichever version of transformers wrote it.
-
-    A loader that is not strict leaves random weights where names are new to it; here every tensor of the file
-    reaches the model, or an error says which did not. The arguments and the state of the model are those of
-    `load_module`. ValueError: `config.json` describes something else.
-    """
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    classes: dict[str, type[CLIPTextModel | CLIPTextModelWithProjection]] = {
-        "CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
-    config = read_json(folder / "config.json")
-    name   = (config.get("architectures") or ["CLIPTextModel"])[0]
-    if name not in classes:
-        raise ValueError(f"{folder / 'config.json'} describes a {name}; it can be a {' or a '.join(classes)}")
-    return load_module(lambda: classes[name](CLIPTextConfig.from_dict(config)), folder,
-                       variant=variant, device=device, dtype=dtype, rename=rename_clip)
+def skeleton(build: Callable[[], Module]) -> tuple[Module, dict[str, Tensor]]:
+    """The module on the meta device, without memory, and all tensors that it wants, by name."""
+    with torch.device("meta"):
+        module = build()
+    return module, {**module.state_dict(), **dict(module.named_buffers())}
 
 
 def load_tokenizer(folder: Path) -> "CLIPTokenizer":
@@ -100,27 +115,20 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
     return transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
-def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], files: list[Path]) -> None:
-    """One ValueError with everything in which the tensors of the files differ from those of the model."""
+def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
+    """One ValueError with everything in which the tensors differ from those of the model."""
     wrong = {"missing from the file": [name for name in wanted if name not in state],
              "unknown to the model":  [name for name in state if name not in wanted],
              "of another shape":      [f"{name} {tuple(state[name].shape)}, in the model {tuple(model.shape)}"
                                        for name, model in wanted.items()
                                        if name in state and state[name].shape != model.shape]}
     if any(wrong.values()):
-        lists = "".join(f"\n  {len(names)} {what}: {', '.join(names[:SHOWN])}" + " …" * (len(names) > SHOWN)
-                        for what, names in wrong.items() if names)
-        where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} shards)"
+        lists = "".join(f"\n  {len(names)} {what}: {shown(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"The weights in {where} do not fit the model.{lists}\n"
-                         f"The file looks like {_kind(state)}, the model like {_kind(wanted)}. "
-                         "Weights and config.json must come from the same model.")
+                         f"The file looks like {kind(state)}, the model like {kind(wanted)}. "
+                         "Weights and configuration must come from the same model.")
 
 
-def _kind(tensors: Mapping[str, Tensor]) -> str:
-    """What a model with these tensors probably is, for error messages."""
-    for mark, kind, telling in KINDS:
-        if any(mark in name for name in tensors):
-            widths = [tensor.shape[1] for name, tensor in tensors.items()
-                      if telling and name.endswith(telling) and tensor.ndim > 1]
-            return kind.format(widths[0] if widths else "unknown")
-    return "something unknown"
+def shown(names: list[str]) -> str:
+    """The first few of many tensors."""
+    return ", ".join(names[:SHOWN]) + " …" * (len(names) > SHOWN)

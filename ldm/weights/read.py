@@ -12,15 +12,15 @@ Its name stands before the last extension; shards and their index have a new spe
                                                      model-00001-of-00002.fp16.safetensors        (old)
 """
 import json
-import pickle
 import re
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
+
+from .pickles import Stub, read_pickle
 
 # How the names begin: diffusers' (U-Net, VAE), then transformers' (text encoder). Safetensors come first.
 STEMS  = {"safetensors": ("diffusion_pytorch_model", "model"),
@@ -90,10 +90,17 @@ def shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def read_weights(folder: Path, variant: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the component in `folder`, and where they lie, in words. As the two functions used."""
+    files = weight_files(folder, variant)
+    where = str(files[0]) if len(files) == 1 else f"{folder} ({len(files)} shards)"
+    return read_tensors(files), where
+
+
 def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """All tensors of the files by name, on the CPU, mapped into memory: bytes are read when they are used.
 
-    `.bin` files from before PyTorch 1.6 cannot be mapped and are read whole. Only tensors are ever unpickled.
+    `.bin` files from before PyTorch 1.6 cannot be mapped and are read whole.
     ValueError: a truncated file, a Git LFS pointer, a file of something else.
     """
     state: dict[str, Tensor] = {}
@@ -101,6 +108,24 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
         _refuse_lfs_pointer(file)
         state |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     return state
+
+
+def read_checkpoint(file: Path) -> dict[str, Tensor]:
+    """All tensors of a single file, `.safetensors` or a pickle (`.ckpt`, `.pt` …), as `read_tensors`.
+
+    Training frameworks keep the weights in a `state_dict`, beside steps and callbacks: these are left out.
+    """
+    if file.suffix == ".safetensors":
+        return read_tensors([file])
+    _refuse_lfs_pointer(file)
+    value = read_pickle(file)
+    for _ in range(4):                              # not forever: a hostile file may be its own state_dict
+        value = value.get("state_dict", value) if isinstance(value, dict) else {}
+    tensors = {name: tensor for name, tensor in value.items()
+               if isinstance(name, str) and isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ValueError(f"{file} holds no dictionary of tensors, so it is not a checkpoint")
+    return tensors
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -114,17 +139,14 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
-    with file.open("rb") as stream:
-        zipped = stream.read(2) == b"PK"                    # since PyTorch 1.6
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        if match := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{file} holds more than tensors ({match[1]}), and unpickling that may run any "
-                             "code: refused. Use a safetensors file") from error
-        raise ValueError(_damaged(file, error)) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file} does not hold a dictionary of tensors, so not the weights of a component")
+    state  = read_pickle(file)
+    others = {"all of it": state}
+    if isinstance(state, dict) and state:
+        others = {repr(name): value for name, value in state.items() if not isinstance(value, Tensor)}
+    for name, value in others.items():
+        kind = value.maker if isinstance(value, Stub) else f"a {type(value).__name__}"
+        raise ValueError(f"{file} does not hold a dictionary of tensors, so not the weights of a component: "
+                         f"{name} is {kind}")
     return state
 
 

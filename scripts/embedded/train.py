@@ -73,7 +73,7 @@ def export_model(args: argparse.Namespace) -> None:
     ema = EMA(unet)
     ema.load_state_dict(saved["ema"])
     ema.swap()
-    export(args.out, args.assets, unet, train_unet.CONFIG, args.size, card(args, saved))
+    export(args.out, args.assets, unet, args.size, card(args, saved))
     size = sum(file.stat().st_size for file in args.assets.rglob("*") if file.is_file())
     print(f"wrote {args.assets}: {size / 1e6:.1f} MB")
 

@@ -8,17 +8,17 @@ pictures, as it will be used.
 or meanwhile.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import torch
 from common import draw, once, pixels, run, sheet
-from export import load_vae, save_part, vae_to_hf
+from export import load_vae
 from torch import Tensor
 from world import random_scene
 
 from ldm.models.vae import VAE, VAEConfig
+from ldm.weights import write_network
 
 CONFIG = VAEConfig(channels=(16, 32, 64, 64), layers=1, groups=8, scaling_factor=1.0, force_upcast=False)
 BATCH = 16
@@ -81,7 +81,7 @@ def save_scaled(vae: VAE, folder: Path, size: int) -> None:
     device = next(vae.parameters()).device
     latents = torch.cat([vae.encode(pixels([random_scene(rng)], size).to(device))[0] for _ in range(256)])
     factor = round(vae.config.scaling_factor / latents.std().item(), 5)
-    save_part(vae, vae_to_hf(replace(vae.config, scaling_factor=factor), size), folder, torch.float32)
+    write_network(vae, folder, torch.float32, scaling_factor=factor, sample_size=size)
     print(f"scaling factor {factor}", flush=True)
 
 
@@ -111,8 +111,8 @@ def polish(out: Path, steps: int, size: int, device: str) -> None:
     def report(_: int) -> str:
         decoded = torch.cat([vae.decode(z) for z in test_latents.split(8)])
         sheet(torch.stack([test[:16], decoded[:16]], 1).flatten(0, 1), 8, out / "vae.png")
-        save_part(vae, vae_to_hf(vae.config, size), out / "vae_polished", torch.float32)
+        write_network(vae, out / "vae_polished", torch.float32, sample_size=size)
         return f"PSNR {psnr(decoded, test):.2f} dB"
 
     run(out / "polish.pt", {"vae": vae, "optimiser": optimiser}, steps, 1e-3, step, report, every=100)
-    once(lambda: save_part(vae, vae_to_hf(vae.config, size), out / "vae", torch.float32))
+    once(lambda: write_network(vae, out / "vae", torch.float32, sample_size=size))
