@@ -10,7 +10,7 @@ prediction "epsilon" the column "VP" of Table 1).
     "sample"          x₀                                          F
 """
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -31,10 +31,12 @@ class Conditioning:
     vector:  (N, V) for SDXL, else None.
     concat:  (N, C, h, w) channels joined to the scaled x, the mask and the masked latents of an inpainting
              model, else None.
+    guidance: (N,) guidance scales, for a network that was taught to guide itself (LCM), else None.
     """
     context: Tensor
     vector: Tensor | None = None
     concat: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.context)
@@ -50,14 +52,15 @@ class Conditioning:
                 raise ValueError(f"Some conditionings have `{name}` and some have not; "
                                  f"they cannot share a batch.")
             return torch.cat(values)
-        return Conditioning(join("context"), join("vector"), join("concat"))
+        return Conditioning(*(join(field.name) for field in fields(Conditioning)))
 
 
 @dataclass(frozen=True)
 class Denoiser:
     """D(x; σ): wraps a network. Call it with x (N, 4, h, w), σ and a Conditioning of N; returns x̂₀ like x.
 
-    network:    F(x, t, context, vector) → tensor. Runs in its own dtype, whatever the state's is.
+    network:    F(x, t, context, vector) → tensor. Runs in its own dtype, whatever the state's is. Where the
+                conditioning has a guidance scale, it is called with that as well: guidance=scale.
     schedule:   gives t(σ).
     prediction: "epsilon", "v_prediction" or "sample": what F was trained to tell.
     whole_t:    round t(σ) to the whole times of training, as some of diffusers' schedulers do; it matters
@@ -84,7 +87,8 @@ class Denoiser:
         if conditioning.concat is not None:
             input = torch.cat([input, conditioning.concat.to(x.dtype)], dim=1)
         dtype = conditioning.context.dtype                                          # the network's
-        return self.network(input.to(dtype), t, conditioning.context, conditioning.vector).to(x.dtype)
+        more  = {} if conditioning.guidance is None else {"guidance": conditioning.guidance}
+        return self.network(input.to(dtype), t, conditioning.context, conditioning.vector, **more).to(x.dtype)
 
     def to_x0(self, output: Tensor, x: Tensor, sigma: float) -> Tensor:
         """The table above: what F says about x₀."""

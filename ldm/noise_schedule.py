@@ -123,7 +123,7 @@ class NoiseSchedule:
         return self.sigma((self.t(a) + self.t(b)) / 2)
 
     def timesteps(self, steps: int, spacing: str = "trailing", *, offset: int = 0, whole: bool = True,
-                  drop_last: bool = False) -> np.ndarray:
+                  drop_last: bool = False, grid: int | None = None) -> np.ndarray:
         """`steps` times, falling, for the spacings of Lin et al. 2023, Table 2.
 
         Args:
@@ -135,6 +135,8 @@ class NoiseSchedule:
             whole:     round to whole times, unless that would repeat one; "trailing" times always are whole.
             drop_last: divide into one step more and leave its last time out, as DPM-Solver's authors do;
                        "leading" and "linspace" only.
+            grid:      "trailing" only: take them from the so many times k − 1, 2k − 1, … T − 1 that a latent
+                       consistency model was taught.
 
         Raises:
             ValueError: an unknown spacing, or a number of steps that it cannot give.
@@ -150,6 +152,11 @@ class NoiseSchedule:
             t = t + min(offset, total - 1 - t[0])
         elif spacing == "linspace":
             t = np.linspace(0, total - 1, count)[::-1]
+        elif spacing == "trailing" and grid is not None:
+            if not steps <= grid <= total:
+                raise ValueError(f"steps is {steps}, but the model was taught {grid} of {total} times "
+                                 f"(original_inference_steps): use at most that many; 4 are usual.")
+            return (grid - np.arange(steps) * grid // steps) * float(total // grid) - 1
         elif spacing == "trailing":
             return np.round(total - np.arange(steps) * (total / steps)) - 1
         else:
@@ -160,7 +167,7 @@ class NoiseSchedule:
         return rounded if whole and len(set(rounded)) == steps else t
 
     def sigmas(self, steps: int, spacing: str = "trailing", *, last: str = "zero", offset: int = 0,
-               whole: bool = True, drop_last: bool = False) -> list[float]:
+               whole: bool = True, drop_last: bool = False, grid: int | None = None) -> list[float]:
         """steps + 1 falling σ's: one for each step, and the one where the last step ends.
 
         Args:
@@ -180,7 +187,7 @@ class NoiseSchedule:
             count  = steps + (last == "sigma_min")
             sigmas = [float(s) for s in RAMPS[spacing](count, self.sigma_min, self.sigma_max)]
             return sigmas + [0.0] * (last == "zero")
-        t = self.timesteps(steps, spacing, offset=offset, whole=whole, drop_last=drop_last)
+        t = self.timesteps(steps, spacing, offset=offset, whole=whole, drop_last=drop_last, grid=grid)
         return [self.sigma(x) for x in t] + [0.0 if last == "zero" else self.sigma_min]
 
 

@@ -28,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import ldm
 from ldm import NoiseSchedule
-from ldm.models import VAE, UNet, UNetConfig, VAEConfig
+from ldm.models import VAE, TinyVAE, UNet, UNetConfig, VAEConfig
 from ldm.schedulers import SCHEDULERS
 
 DTYPES = {"float64": (torch.float64, 1e-10), "float32": (torch.float32, 1e-5)}
@@ -57,6 +57,7 @@ def networks() -> None:
         theirs = diffusers.AutoencoderKL.from_config(oracles.SD_VAE)
         report("autoencoder names", "SD, full size",
                unlike(VAE(VAEConfig.from_hf(oracles.SD_VAE)), theirs), 0)
+        report("autoencoder names", "TAESD, full size", unlike(TinyVAE(), diffusers.AutoencoderTiny()), 0)
     for dtype, (kind, tolerance) in DTYPES.items():
         for family in oracles.TINY_UNETS:
             worst = max(oracles.unet_difference(family, kind, size) for size in ((8, 16), (9, 13)))
@@ -65,6 +66,8 @@ def networks() -> None:
         for family in oracles.TINY_VAES:
             found = oracles.vae_differences(family, kind, (16, 40))
             report("autoencoder", f"{family}, {dtype}", max(found.values()), tolerance)
+        found = oracles.taesd_differences(oracles.TINY_TAESD, kind, (16, 40))
+        report("autoencoder", f"TAESD, {dtype}", max(found.values()), tolerance)
 
 
 def noise_schedules() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import Conditioning, Denoiser, NoiseSchedule
-from ldm.models import VAE, UNet, UNetConfig, VAEConfig
+from ldm.models import VAE, TinyVAE, TinyVAEConfig, UNet, UNetConfig, VAEConfig
 from ldm.models.layers import timestep_embedding
 from ldm.schedulers import SCHEDULERS, Row
 
@@ -74,7 +74,9 @@ _REFINER = {**_XL, "attention_head_dim": [6, 12, 24, 24], "block_out_channels": 
             "up_block_types":   ["UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"]}
 _SD1_INPAINT = {**_SD1, "in_channels": 9, "sample_size": 32}
 
-UNETS = {"SD 1.5": _SD1, "SD 1.5 inpaint": _SD1_INPAINT, "SD 2.1": _SD2,
+_SD1_LCM     = {**_SD1, "time_cond_proj_dim": 256}
+
+UNETS = {"SD 1.5": _SD1, "SD 1.5 inpaint": _SD1_INPAINT, "SD 1.5 LCM": _SD1_LCM, "SD 2.1": _SD2,
          "SDXL base": _XL, "SDXL refiner": _REFINER}
 
 SD_VAE = json.loads("""{
@@ -96,6 +98,7 @@ _SMALL_1 = {"block_out_channels": [16, 32, 32, 32], "attention_head_dim": 4, "no
 TINY_UNETS = {
     "SD 1.5":         {**UNETS["SD 1.5"], **_SMALL_1},
     "SD 1.5 inpaint": {**UNETS["SD 1.5 inpaint"], **_SMALL_1},
+    "SD 1.5 LCM":     {**UNETS["SD 1.5 LCM"], **_SMALL_1, "time_cond_proj_dim": 12},
     "SD 2.1":         {**UNETS["SD 2.1"], **_SMALL_1, "block_out_channels": [16, 32, 64, 64],
                        "attention_head_dim": [2, 4, 8, 8]},
     "SDXL base":      {**UNETS["SDXL base"], **_SMALL_1, "block_out_channels": [16, 32, 64],
@@ -150,6 +153,10 @@ def unet_inputs(config: dict, dtype: torch.dtype, size: tuple[int, int], count: 
         theirs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
         features = timestep_embedding(sizes.flatten(), width).reshape(count, -1)
         ours["vector"] = torch.cat([pooled, features.to(dtype)], dim=1)
+    if width := config.get("time_cond_proj_dim"):
+        ours["guidance"] = torch.linspace(1.25, 8.5, count)
+        features = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        theirs["timestep_cond"] = features(None, ours["guidance"] - 1, width).to(dtype)
     return theirs, ours
 
 
@@ -186,6 +193,25 @@ def vae_differences(family: str, dtype: torch.dtype, size: tuple[int, int]) -> d
     return {"mean":   relative(mean, (posterior.mean - shift) * factor),
             "std":    relative(std, posterior.std * factor),
             "decode": relative(ours.decode(latents), theirs.decode(latents / factor + shift).sample)}
+
+
+TINY_TAESD = {"encoder_block_out_channels": [12] * 4, "decoder_block_out_channels": [12] * 4,
+              "latent_channels": 4, "scaling_factor": 1.0}
+
+
+@torch.no_grad()
+def taesd_differences(config: dict, dtype: torch.dtype, size: tuple[int, int]) -> dict[str, float]:
+    """Latents and decoded picture of a tiny autoencoder against diffusers' AutoencoderTiny."""
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderTiny.from_config(config).to(dtype).eval()
+    ours   = TinyVAE(TinyVAEConfig.from_hf(config)).to(dtype).eval()
+    same_weights(theirs, ours)
+    factor   = theirs.config.scaling_factor
+    latents  = torch.randn(2, ours.config.latent_channels, size[0] // 8, size[1] // 8).to(dtype) * 3
+    pictures = torch.rand(2, 3, *size).to(dtype) * 2 - 1
+    mean, std = ours.encode(pictures)
+    return {"mean":   relative(mean, theirs.encode(pictures).latents * factor), "std": std.abs().max().item(),
+            "decode": relative(ours.decode(latents), theirs.decode(latents / factor).sample)}
 
 
 # ── Schedulers ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -285,7 +311,8 @@ def run_ours(row: Row, config: dict, steps: int, network: Network = curved, *,
     noise    = draws(steps + 1)
     x        = noise[0] * row.start_scale(sigmas[0], config=config) if x is None else x
     drawn    = {"noise": lambda i: noise[i + 1]} if row.stochastic else {}
-    named    = {**row.options(schedule), **drawn, **(options or {})}
+    middle   = {"skipped": skip} if row.takes("skipped") else {}
+    named    = {**row.options(schedule), **drawn, **middle, **(options or {})}
     *_, x    = row.function(lambda x, sigma: denoiser(x, sigma, nothing), x, sigmas, **named)
     return Run(x / (1 + sigmas[-1] ** 2) ** 0.5 if row.start_vp else x, times)
 

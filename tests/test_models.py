@@ -6,8 +6,9 @@ import oracles
 import pytest
 import torch
 
-from ldm.models import VAE, UNet, UNetConfig, VAEConfig
+from ldm.models import VAE, TinyVAE, TinyVAEConfig, UNet, UNetConfig, VAEConfig
 from ldm.models.layers import timestep_embedding
+from ldm.weights.names import rename_taesd
 
 PRECISION = [pytest.param(torch.float64, 1e-10, id="float64"),
              pytest.param(torch.float32, 1e-5,  id="float32")]
@@ -54,6 +55,45 @@ def test_unet_equals_diffusers(family, dtype, tolerance, size):
 def test_vae_equals_diffusers(family, dtype, tolerance, size):
     for part, difference in oracles.vae_differences(family, dtype, size).items():
         assert difference <= tolerance, part
+
+
+@pytest.mark.parametrize("fields", [
+    pytest.param({}, id="SD"),
+    pytest.param({"latent_channels": 16, "scaling_factor": 0.5}, id="16 channels, another scale"),
+    pytest.param({"num_encoder_blocks": [1, 2, 1], "encoder_block_out_channels": [12] * 3,
+                  "num_decoder_blocks": [2, 1, 1], "decoder_block_out_channels": [12] * 3}, id="3 levels"),
+])
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
+def test_tiny_vae_equals_diffusers(fields, dtype, tolerance):
+    config = {**oracles.TINY_TAESD, **fields}
+    for part, difference in oracles.taesd_differences(config, dtype, (16, 40)).items():
+        assert difference <= tolerance, part
+
+
+def test_names_shapes_and_defaults_of_the_full_size_tiny_vae():
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderTiny()
+        ours   = TinyVAE()
+    assert shapes(ours) == shapes(theirs)
+    assert TinyVAEConfig() == TinyVAEConfig.from_hf(dict(theirs.config)) == TinyVAEConfig.from_hf({})
+    assert (ours.config.downscale, ours.config.force_upcast) == (8, theirs.config.force_upcast)
+
+
+@pytest.mark.parametrize("files", ["both", "one"])
+def test_the_names_of_taesds_author(files):
+    """His sequences of layers are diffusers', but for the clamp, which is the first of his decoder's."""
+    theirs   = diffusers.AutoencoderTiny.from_config(oracles.TINY_TAESD)
+    original = torch.nn.ModuleDict({"encoder": theirs.encoder.layers,
+                                    "decoder": torch.nn.Sequential(torch.nn.Tanh(), *theirs.decoder.layers)})
+    wanted   = theirs.state_dict()
+    states   = ([original.state_dict()] if files == "both" else
+                [original["encoder"].state_dict(), original["decoder"].state_dict()])
+    renamed  = {}
+    for state in states:
+        renamed |= rename_taesd(state, wanted)
+    assert renamed.keys() == wanted.keys()
+    assert all(torch.equal(renamed[name], wanted[name]) for name in wanted)
+    assert rename_taesd(wanted, wanted) == wanted
 
 
 def test_the_parity_of_the_networks_can_fail():
@@ -127,7 +167,7 @@ def test_vae_latents_are_scaled_and_its_std_is_bounded():
 BAD_UNET_FIELDS = {
     "act_fn": "gelu", "mid_block_type": "UNetMidBlock2D", "time_embedding_type": "fourier",
     "flip_sin_to_cos": False, "resnet_time_scale_shift": "scale_shift", "class_embed_type": "projection",
-    "time_cond_proj_dim": 256, "addition_embed_type": "image", "dual_cross_attention": True,
+    "addition_embed_type": "image", "dual_cross_attention": True,
     "only_cross_attention": True, "freq_shift": 1, "encoder_hid_dim_type": "text_image_proj",
     "conv_in_kernel": 1, "num_class_embeds": 10, "downsample_padding": 0,
     "transformer_layers_per_block": [1, 2], "attention_head_dim": [5, 10],
@@ -151,6 +191,20 @@ def test_unet_config_names_the_field_it_does_not_know(field):
 def test_vae_config_names_the_field_it_does_not_know(field, value):
     with pytest.raises(ValueError, match=rf"VAE: config.json has {field} .*implemented"):
         VAEConfig.from_hf({**oracles.SD_VAE, field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("act_fn", "silu"), ("upsample_fn", "bilinear"), ("upsampling_scaling_factor", 4),
+    ("encoder_block_out_channels", [64, 64, 64, 32]), ("decoder_block_out_channels", [32] * 4),
+])
+def test_tiny_vae_config_names_the_field_it_does_not_know(field, value):
+    with pytest.raises(ValueError, match=rf"Tiny autoencoder: config.json has {field} .*implemented"):
+        TinyVAEConfig.from_hf({field: value})
+
+
+def test_tiny_vae_config_wants_as_many_levels_up_as_down():
+    with pytest.raises(ValueError, match=r"encoder_blocks \(1, 3, 3, 3\) and decoder_blocks \(3, 3, 1\)"):
+        TinyVAEConfig(decoder_blocks=(3, 3, 1))
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -208,4 +262,12 @@ def test_sdxl_without_its_vector_says_so():
     _, inputs = oracles.unet_inputs(oracles.TINY_UNETS["SDXL base"], torch.float32, (8, 8))
     del inputs["vector"]
     with pytest.raises(ValueError, match=r"needs vector: a tensor \(N, 68\)"):
+        unet(**inputs)
+
+
+def test_lcm_without_its_guidance_scale_says_so():
+    _, unet = oracles.unet_pair(oracles.TINY_UNETS["SD 1.5 LCM"], torch.float32)
+    _, inputs = oracles.unet_inputs(oracles.TINY_UNETS["SD 1.5 LCM"], torch.float32, (8, 8))
+    del inputs["guidance"]
+    with pytest.raises(ValueError, match=r"needs guidance: a tensor \(N,\)"):
         unet(**inputs)

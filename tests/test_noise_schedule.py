@@ -132,7 +132,8 @@ def beyond_the_table(name, spacing, steps):
     """Where diffusers leaves the model's times or repeats one; the next two tests are about ours there."""
     return (spacing == "leading" and name not in ("dpm", "dpm_3") and steps + (name in DPM) >= 1000
             or spacing == "linspace" and name in DPM and steps == 1000
-            or name in ("dpm", "dpm_3") and steps == 1000)
+            or name in ("dpm", "dpm_3") and steps == 1000
+            or name == "lcm" and steps > 50)
 
 
 @pytest.mark.parametrize("spacing", oracles.SPACINGS)
@@ -148,7 +149,7 @@ def test_times_are_those_of_diffusers(name, spacing):
 def test_leading_times_stay_in_the_table():
     """steps_offset=1 with all 1000 steps: diffusers asks for t = 1000 (its issue 10003), and its DPM-Solver++
     a thousand times for t = 1."""
-    for name in SCHEDULERS.keys() - {"dpm", "dpm_3"}:
+    for name in SCHEDULERS.keys() - {"dpm", "dpm_3", "lcm"}:
         ours = our_times(name, oracles.config_of("leading"), 1000)
         assert ours == pytest.approx(range(999, -1, -1)), name
     assert their_times("ddim", oracles.config_of("leading"), 1000)[0] == 1000

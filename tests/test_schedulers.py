@@ -74,6 +74,28 @@ def test_both_ends(name):
         assert relative(*ends) > 1e-3
 
 
+@pytest.mark.parametrize("taught", [25, 50, 100])
+def test_lcm_chooses_from_the_times_it_was_taught(taught):
+    row, config = SCHEDULERS["lcm"], config_of(original_inference_steps=taught)
+    theirs = their_scheduler(row, config)
+    for steps in range(1, taught + 1):
+        theirs.set_timesteps(steps)
+        ours = [SD_SCHEDULE.t(sigma) for sigma in row.sigmas(SD_SCHEDULE, steps, config=config)[:-1]]
+        assert ours == pytest.approx(theirs.timesteps.tolist(), abs=1e-6), steps
+    with pytest.raises(ValueError, match=f"steps is {taught + 1}, but the model was taught {taught} of 1000"):
+        row.sigmas(SD_SCHEDULE, taught + 1, config=config)
+    assert row.sigmas(SD_SCHEDULE, 3, spacing="trailing", config=config) == SD_SCHEDULE.sigmas(3, "trailing")
+
+
+@pytest.mark.parametrize("t", [19, 39, 999])
+def test_what_lcm_leaves_out_is_small(t):
+    """Its authors' parametrisation mixes some of x_vp into D, and makes D a little smaller."""
+    theirs = their_scheduler(SCHEDULERS["lcm"], oracles.SD)
+    c_skip, c_out = theirs.get_scalings_for_boundary_condition_discrete(t)
+    assert 0 < c_skip < 7e-6
+    assert 1 - c_out < 4e-6
+
+
 SCHEDULES = {"linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
              "cosine": {"beta_schedule": "squaredcos_cap_v2"},
              "trained": {"trained_betas": np.geomspace(1e-4, 0.03, 1000).tolist()}}
@@ -245,7 +267,7 @@ def test_a_start_in_the_middle_equals_diffusers_where_that_is_right(name):
 @pytest.mark.parametrize("steps", [1, 2, 3, 9, 27, 1000])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_any_number_of_steps(name, steps):
-    config = config_of()
+    config = config_of(original_inference_steps=1000)
     ours   = run_ours(SCHEDULERS[name], config, steps)
     assert ours.x.isfinite().all()
     per_step = {"heun": 2, "pndm_prk": 4}.get(name, 1)

@@ -269,6 +269,26 @@ def test_the_variance_would_show_a_wrong_amount_of_noise():
     assert (variance(weaker, {}, 400) - 1).abs().min() > 0.04
 
 
+# ── Consistency ─────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_lcm_draws_from_the_data_if_the_network_knows_the_ends(steps):
+    """Given the true end of each solution, all states have the true distribution at their σ. 200,000 samples;
+    five standard errors."""
+    count, generator = 200_000, torch.Generator().manual_seed(0)
+    sigmas = SCHEDULERS["lcm"].sigmas(SD_SCHEDULE, steps)
+    mean, std = GAUSSIAN.mean, GAUSSIAN.std
+
+    def noise(i=0):
+        return torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    start  = mean + (std**2 + sigmas[0]**2).sqrt() * noise()
+    states = schedulers.lcm(lambda x, sigma: GAUSSIAN.exact(x, sigma, 0), start, sigmas, noise)
+    for sigma, x in zip(sigmas[1:], states, strict=True):
+        spread = (std**2 + sigma**2).sqrt()
+        assert ((x.mean(0) - mean).abs() < 5 * spread / count**0.5).all()
+        assert ((x.std(0) / spread - 1).abs() < 5 / (2 * count)**0.5).all()
+
+
 # ── Gradients ───────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("name", SCHEDULERS)

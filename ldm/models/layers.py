@@ -24,15 +24,35 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """Fourier features of a guidance scale, 1 is none: (N,) → (N, width), in float32; width is even.
+
+    What latent consistency models (Luo et al. 2023) are told besides the time: their w is the scale − 1, and
+    multiplied by 1000. Unlike in `timestep_embedding`, the sines come first, and the last wavelength is
+    10000·2π.
+    """
+    half        = width // 2
+    index       = torch.arange(half, dtype=torch.float32, device=scale.device)
+    frequencies = torch.exp(-math.log(10000) * index / (half - 1))
+    angles      = 1000 * (scale[:, None].float() - 1) * frequencies                           # (N, width/2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 class TimeMLP(nn.Module):
-    """Two linear layers with a SiLU between them: an embedding (N, in) → (N, out)."""
+    """Two linear layers with a SiLU between them: an embedding (N, in) → (N, out).
 
-    def __init__(self, in_width: int, out_width: int):
+    A second embedding (N, more) is projected and added to the first, where the weights have a place for it.
+    """
+
+    def __init__(self, in_width: int, out_width: int, more_width: int | None = None):
         super().__init__()
-        self.linear_1 = nn.Linear(in_width, out_width)
-        self.linear_2 = nn.Linear(out_width, out_width)
+        self.linear_1  = nn.Linear(in_width, out_width)
+        self.linear_2  = nn.Linear(out_width, out_width)
+        self.cond_proj = nn.Linear(more_width, in_width, bias=False) if more_width else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and more is not None:
+            x = x + self.cond_proj(more)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -105,7 +125,11 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                      # (N, H, L or S, d)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        out = F.scaled_dot_product_attention(q, k, v)                                     # (N, H, L, d)
+        # QKᵀ of Stable Diffusion 2.1 exceeds the range of float16, which its config calls `upcast_attention`.
+        # PyTorch's kernels for the CPU and CUDA sum it in float32, that for MPS in the type of q and k.
+        if q.device.type == "mps":
+            q, k, v = q.float(), k.float(), v.float()
+        out = F.scaled_dot_product_attention(q, k, v).to(x.dtype)                         # (N, H, L, d)
         return self.to_out[0](out.transpose(1, 2).flatten(2))                             # (N, L, C)
 
 

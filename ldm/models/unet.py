@@ -28,7 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Downsample, ResBlock, SpatialTransformer, TimeMLP, Upsample, check_hf, timestep_embedding
+from .layers import (
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    TimeMLP,
+    Upsample,
+    check_hf,
+    guidance_embedding,
+    timestep_embedding,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class UNetConfig:
     eps: float                  = 1e-5                    # of the ResBlocks' GroupNorms
     vector_dim: int | None      = None                    # SDXL: width of the vector, pooled text and sizes
     vector_time_dim: int | None = None                    # SDXL: Fourier features of each number of the sizes
+    guidance_dim: int | None    = None                    # LCM: Fourier features of the guidance scale
     sample_size: int | None     = None                    # default height and width, in latent pixels
 
     def __post_init__(self) -> None:
@@ -108,10 +118,35 @@ class UNetConfig:
                    eps               = get("norm_eps", 1e-5),
                    vector_dim        = get("projection_class_embeddings_input_dim") if sdxl else None,
                    vector_time_dim   = get("addition_time_embed_dim") if sdxl else None,
+                   guidance_dim      = get("time_cond_proj_dim"),
                    sample_size       = get("sample_size"))
 
+    def to_hf(self) -> dict[str, Any]:
+        """The `unet/config.json` from which `from_hf` makes this config again.
 
-# `upcast_attention` is not here: scaled_dot_product_attention accumulates in float32 whatever the inputs are.
+        ValueError: diffusers has no words for it.
+        """
+        cross = ["CrossAttn" if depth else "" for depth in self.depth]
+        depth = [depth or self.mid_depth for depth in self.depth]           # it knows no 0 and no mid_depth
+        if depth[-1] != self.mid_depth:
+            raise ValueError(f"U-Net: mid_depth is {self.mid_depth} and depth {self.depth}; but in a "
+                             f"config.json the middle is as deep as the last level.")
+        return {"_class_name": "UNet2DConditionModel",
+                "in_channels": self.in_channels, "out_channels": self.out_channels,
+                "block_out_channels": list(self.channels), "layers_per_block": self.layers,
+                "down_block_types": [f"{kind}DownBlock2D" for kind in cross],
+                "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(cross)],
+                "transformer_layers_per_block": depth, "attention_head_dim": list(self.heads),
+                "cross_attention_dim": self.context_dim, "use_linear_projection": self.linear_projection,
+                "upcast_attention": self.linear_projection and not self.vector_dim,     # 2.1 needs it there
+                "norm_num_groups": self.groups, "norm_eps": self.eps,
+                "addition_embed_type": "text_time" if self.vector_dim else None,
+                "addition_time_embed_dim": self.vector_time_dim,
+                "projection_class_embeddings_input_dim": self.vector_dim,
+                "time_cond_proj_dim": self.guidance_dim, "sample_size": self.sample_size}
+
+
+# `upcast_attention` is not here: `layers.Attention` sums in float32 anyway.
 _SUPPORTED = {
     "act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn", "time_embedding_type": "positional",
     "resnet_time_scale_shift": "default", "attention_type": "default", "flip_sin_to_cos": True,
@@ -119,7 +154,7 @@ _SUPPORTED = {
     "center_input_sample": False, "only_cross_attention": False, "dual_cross_attention": False,
     "mid_block_only_cross_attention": False, "mid_block_scale_factor": 1, "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False, "class_embed_type": None, "num_class_embeds": None,
-    "encoder_hid_dim": None, "encoder_hid_dim_type": None, "time_cond_proj_dim": None,
+    "encoder_hid_dim": None, "encoder_hid_dim_type": None,
     "timestep_post_act": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
     "cross_attention_norm": None, "reverse_transformer_layers_per_block": None,
     "class_embeddings_concat": False,
@@ -142,7 +177,7 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(x, t, context, vector) → tensor. Parameter names are those of diffusers' `UNet2DConditionModel`."""
+    """F(x, t, context, vector, guidance) → tensor. Parameter names: of diffusers' `UNet2DConditionModel`."""
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
@@ -158,7 +193,7 @@ class UNet(nn.Module):
                                       c.linear_projection)
 
         self.conv_in        = nn.Conv2d(c.in_channels, first, 3, padding=1)
-        self.time_embedding = TimeMLP(first, time_width)
+        self.time_embedding = TimeMLP(first, time_width, c.guidance_dim)
         self.add_embedding  = TimeMLP(c.vector_dim, time_width) if c.vector_dim else None
 
         last   = len(c.channels) - 1
@@ -197,7 +232,8 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(c.groups, first, c.eps)
         self.conv_out      = nn.Conv2d(first, c.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None,
+                guidance: Tensor | None = None) -> Tensor:
         """One call of the network.
 
         Args:
@@ -205,14 +241,20 @@ class UNet(nn.Module):
             t:       (N,) or (), times in the units of training, 0 … 999 for Stable Diffusion; not only whole.
             context: (N, S, context_dim) states of the text encoder.
             vector:  (N, vector_dim) for SDXL: pooled text and Fourier features of the sizes; otherwise None.
+            guidance: (N,) guidance scales for LCM, where 1 is none; otherwise None.
 
         Returns:
             (N, out_channels, h, w): ε, v or x₀, as the weights were trained; the network does not know.
 
         Raises:
-            ValueError: an SDXL U-Net without vector.
+            ValueError: an SDXL U-Net without vector, an LCM one without guidance.
         """
-        time = self.time_embedding(timestep_embedding(t.expand(len(x)), self.config.channels[0]).to(x.dtype))
+        time, scale = timestep_embedding(t.expand(len(x)), self.config.channels[0]).to(x.dtype), None
+        if self.config.guidance_dim is not None:
+            if guidance is None:
+                raise ValueError("This U-Net (LCM) needs guidance: a tensor (N,) of scales, 1 for none.")
+            scale = guidance_embedding(guidance, self.config.guidance_dim).to(x.dtype)
+        time = self.time_embedding(time, scale)
         if self.add_embedding is not None:
             if vector is None:
                 raise ValueError(f"This U-Net (SDXL) needs vector: a tensor (N, {self.config.vector_dim}).")

@@ -70,6 +70,18 @@ class VAEConfig:
                    post_quant_conv = get("use_post_quant_conv", True),
                    mid_attention   = get("mid_block_add_attention", True))
 
+    def to_hf(self) -> dict[str, Any]:
+        """The `vae/config.json` from which `from_hf` makes this config again."""
+        return {"_class_name": "AutoencoderKL",
+                "in_channels": self.in_channels, "out_channels": self.out_channels,
+                "block_out_channels": list(self.channels), "layers_per_block": self.layers,
+                "down_block_types": ["DownEncoderBlock2D"] * len(self.channels),
+                "up_block_types": ["UpDecoderBlock2D"] * len(self.channels),
+                "latent_channels": self.latent_channels, "norm_num_groups": self.groups,
+                "scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor,
+                "force_upcast": self.force_upcast, "use_quant_conv": self.quant_conv,
+                "use_post_quant_conv": self.post_quant_conv, "mid_block_add_attention": self.mid_attention}
+
 
 class PixelAttention(nn.Module):
     """Self-attention over the positions of a feature map with a single head as wide as all channels."""

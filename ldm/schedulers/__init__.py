@@ -7,6 +7,7 @@ A scheduler is a generator function
 where `denoise(x, σ)` returns x̂₀, x is the state x₀ + σ·ε at sigmas[0], and sigmas falls. Its history lives
 in local variables; the caller owns the loop, may stop at any step, look at x, or start in the middle with
 sigmas[k:]. One that needs random numbers has a parameter `noise`: i → standard normal like x, for its step i.
+One that does something else for a start in the middle has a parameter `skipped`, for which k is to be given.
 """
 import inspect
 import warnings
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from ..noise_schedule import NoiseSchedule
 from .dpm import dpm_solver, dpm_solver_pp, dpm_solver_pp_sde
-from .euler import euler, euler_ancestral
+from .euler import euler, euler_ancestral, lcm
 from .heun import heun
 from .multistep import lms, plms, pndm
 
 __all__ = ["SCHEDULERS", "Row", "default_name", "dpm_solver", "dpm_solver_pp", "dpm_solver_pp_sde", "euler",
-           "euler_ancestral", "find", "heun", "lms", "plms", "pndm"]
+           "euler_ancestral", "find", "heun", "lcm", "lms", "plms", "pndm"]
 
 Scheduler = Callable[..., Iterator[Tensor]]
 
@@ -41,6 +42,7 @@ class Row:
     last_field: str = ""              # …in this field: final_sigmas_type, set_alpha_to_one, or none
     ramps: bool    = False            # heeds the file's use_karras_sigmas and the like
     own_spacing: bool = False         # does not heed the file's timestep_spacing
+    grid: int | None = None           # chooses from that many times, or the file's original_inference_steps
     whole: bool    = False            # rounds times to whole ones
     drop_last: bool = False           # divides the times into one step more and leaves the last out
     start_vp: bool = True             # starts at x_vp = noise; else at σ₀·noise, unless spacing is "leading"
@@ -49,7 +51,11 @@ class Row:
     @property
     def stochastic(self) -> bool:
         """Whether the function takes `noise`."""
-        return "noise" in inspect.signature(self.function).parameters
+        return self.takes("noise")
+
+    def takes(self, name: str) -> bool:
+        """Whether the function has a parameter of that name."""
+        return name in inspect.signature(self.function).parameters
 
     def sigmas(self, schedule: NoiseSchedule, steps: int, *, spacing: str | None = None,
                config: Mapping[str, Any] | None = None) -> list[float]:
@@ -63,9 +69,12 @@ class Row:
             last = "zero" if config["set_alpha_to_one"] else "sigma_min"
         elif self.last_field:
             last = config.get(self.last_field) or last
+        grid = None
+        if self.grid is not None and spacing is None:
+            grid = config.get("original_inference_steps") or self.grid
         return schedule.sigmas(steps, spacing or self._spacing(config), last=last,
                                offset=config.get("steps_offset") or 0,
-                               whole=self.whole, drop_last=self.drop_last)
+                               whole=self.whole, drop_last=self.drop_last, grid=grid)
 
     def start_scale(self, sigma: float, *, spacing: str | None = None,
                     config: Mapping[str, Any] | None = None) -> float:
@@ -108,6 +117,7 @@ SCHEDULERS: dict[str, Row] = {
     "dpmpp_2m_sde":
                 _dpm(dpm_solver_pp_sde, 2, "DPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++')",
                      last_field="final_sigmas_type"),
+    "lcm":      Row(lcm, "LCMScheduler", "trailing", own_spacing=True, whole=True, grid=50),
 }
 
 
@@ -135,6 +145,7 @@ def default_name(config: Mapping[str, Any]) -> str:
             "EulerAncestralDiscreteScheduler": "euler_a",
             "HeunDiscreteScheduler": "heun",
             "LMSDiscreteScheduler": "lms",
+            "LCMScheduler": "lcm",
             "DPMSolverSinglestepScheduler": {("dpmsolver", 2): "dpm",
                                              ("dpmsolver", 3): "dpm_3"}.get((algorithm, order)),
             "DPMSolverMultistepScheduler":  {("dpmsolver++", 2): "dpmpp_2m",

@@ -32,19 +32,24 @@ def phi(h: float) -> tuple[float, float, float]:
     return phi1, phi2, (phi2 - 0.5) / h
 
 
-def dpm_solver(denoise: Denoise, x: Tensor, sigmas: Sequence[float], order: int = 2) -> Iterator[Tensor]:
+def dpm_solver(denoise: Denoise, x: Tensor, sigmas: Sequence[float], order: int = 2,
+               skipped: int = 0) -> Iterator[Tensor]:
     """DPM-Solver, single step, order 1 to 3 (Lu et al. 2022a, Algorithms 1 and 2 with general r).
 
     One call of the network for each σ. A step of order k spans k intervals of `sigmas`; the σ's inside are
     its intermediate points. As many full steps as fit, then one of a lower order for the rest, much as in the
     paper's "DPM-Solver-fast". A last interval to σ = 0, where λ = ∞, is a step of its own, of first order.
+
+    skipped: how many intervals of a longer run lie before `sigmas`. The steps begin and end where they do in
+        that run; a start inside of one makes a step of a lower order for the rest of it.
     """
     if not 1 <= order <= 3:
         raise ValueError(f"dpm_solver has orders 1 to 3; got {order}.")
     start = 0
     while start < len(sigmas) - 1:
         finite = len([s for s in sigmas[start + 1:] if s > 0])      # intervals that do not end at zero
-        nodes  = sigmas[start:start + 1 + max(1, min(order, finite))]
+        left   = order - (start + skipped) % order                  # … of this step
+        nodes  = sigmas[start:start + 1 + max(1, min(left, finite))]
         start += len(nodes) - 1
         origin, epsilons = x, []
         for k in range(1, len(nodes)):
@@ -72,17 +77,20 @@ def _noise_step(x: Tensor, sigmas: Sequence[float], epsilons: Sequence[Tensor], 
     return first - target * h * phi(h)[1] * difference
 
 
-def dpm_solver_pp(denoise: Denoise, x: Tensor, sigmas: Sequence[float], order: int = 2) -> Iterator[Tensor]:
+def dpm_solver_pp(denoise: Denoise, x: Tensor, sigmas: Sequence[float], order: int = 2,
+                  skipped: int = 0) -> Iterator[Tensor]:
     """DPM-Solver++, multistep, order 1 to 3 (Lu et al. 2022b, Algorithm 2 is order 2, "2M"): one call a step.
 
     The order grows with the history, and falls again at the end: a last step to σ = 0, where λ = ∞, is of
     first order (x' = D); below 15 steps the last two are of orders 2 and 1, for stability, as the authors
     advise and diffusers does.
+
+    skipped: how many steps of a longer run lie before `sigmas`; they count among these 15.
     """
     if not 1 <= order <= 3:
         raise ValueError(f"dpm_solver_pp has orders 1 to 3; got {order}.")
     history: list[tuple[float, Tensor]] = []                              # (λ, D), the newest first
-    for (sigma, following), highest in zip(pairwise(sigmas), _orders(sigmas, order), strict=True):
+    for (sigma, following), highest in zip(pairwise(sigmas), _orders(sigmas, order, skipped), strict=True):
         history = [(-math.log(sigma), denoise(x, sigma)), *history[:2]]
         d0 = history[0][1]
         decay = following / sigma                                         # e^(−h)
@@ -101,18 +109,19 @@ def dpm_solver_pp(denoise: Denoise, x: Tensor, sigmas: Sequence[float], order: i
 
 
 def dpm_solver_pp_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Callable[[int], Tensor],
-                      order: int = 2) -> Iterator[Tensor]:
+                      order: int = 2, skipped: int = 0) -> Iterator[Tensor]:
     """SDE-DPM-Solver++, multistep, order 1 or 2 ("DPM++ 2M SDE").
 
     Lu et al. 2022b, where they solve the diffusion SDE instead of the ODE: twice the drift towards D, and
     fresh noise that makes up for it.
 
     noise: i → standard normal like x, for step i = 0, 1, …
+    skipped: as for `dpm_solver_pp`.
     """
     if not 1 <= order <= 2:
         raise ValueError(f"dpm_solver_pp_sde has orders 1 and 2; got {order}.")
     history: list[tuple[float, Tensor]] = []
-    steps = zip(pairwise(sigmas), _orders(sigmas, order), strict=True)
+    steps = zip(pairwise(sigmas), _orders(sigmas, order, skipped), strict=True)
     for i, ((sigma, following), highest) in enumerate(steps):
         history = [(-math.log(sigma), denoise(x, sigma)), *history[:1]]
         decay   = (following / sigma) ** 2                                # e^(−2h)
@@ -123,13 +132,14 @@ def dpm_solver_pp_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], nois
         yield x
 
 
-def _orders(sigmas: Sequence[float], order: int) -> list[int]:
+def _orders(sigmas: Sequence[float], order: int, skipped: int) -> list[int]:
     """The highest order allowed in each step; see `dpm_solver_pp`."""
     steps  = len(sigmas) - 1
+    few    = steps + skipped < 15
     orders = [order] * steps
-    if sigmas[-1] == 0 or steps < 15:
+    if sigmas[-1] == 0 or few:
         orders[-1] = 1
-    if steps < 15 and steps > 1:
+    if few and steps > 1:
         orders[-2] = min(order, 2)
     return orders
 

@@ -11,7 +11,7 @@ after a Runge–Kutta start.
 In both, the transfer φ of the PNDM paper (Liu et al. 2022, from its Eq. 9) has become `x + (σ' − σ)·ε`: its
 ᾱ algebra is that step, written in the units of x_vp.
 
-Both count the history that they have, not the index of the step, so a run may start anywhere in a schedule.
+All count the history that they have, not the index of the step, so a run may start anywhere in a schedule.
 """
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -30,15 +30,26 @@ ADAMS_BASHFORTH = (
 )
 
 
-def lms(denoise: Denoise, x: Tensor, sigmas: Sequence[float], order: int = 4) -> Iterator[Tensor]:
-    """K-LMS (Crowson 2022, k-diffusion): Adams–Bashforth for unequal steps; order 1 to 4."""
+def lms(denoise: Denoise, x: Tensor, sigmas: Sequence[float], order: int = 4,
+        skipped: int = 0) -> Iterator[Tensor]:
+    """K-LMS (Crowson 2022, k-diffusion): Adams–Bashforth for unequal steps; order 1 to 4.
+
+    The first step is an Euler step. At σ_max that is accurate, since ε hardly changes there. Where steps of a
+    longer run were skipped it is not, and its error would outweigh all others; there the first step is one of
+    Heun's method, with a call more.
+    """
     if not 1 <= order <= 4:
         raise ValueError(f"lms has orders 1 to 4; got {order}.")
     history: list[tuple[float, Tensor]] = []                                    # (σ_j, ε_j), the newest first
     for sigma, following in pairwise(sigmas):
+        heun    = skipped and order > 1 and not history and following > 0
         history = [(sigma, (x - denoise(x, sigma)) / sigma), *history[:order - 1]]
         weights = lagrange_integrals([s for s, _ in history], sigma, following)
-        x = x + sum(weight * eps for weight, (_, eps) in zip(weights, history, strict=True))
+        ahead   = x + sum(weight * eps for weight, (_, eps) in zip(weights, history, strict=True))
+        if heun:
+            slope = (history[0][1] + (ahead - denoise(ahead, following)) / following) / 2
+            ahead = x + (following - sigma) * slope
+        x = ahead
         yield x
 
 
