@@ -9,16 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import guidance, images, models, schedulers
+    from . import fast, guidance, images, models, schedulers
     from .denoiser import Conditioning, Denoiser
     from .noise_schedule import NoiseSchedule
-    from .pipeline import Pipeline, load
-    from .sampling import sample
+    from .pipeline import Pipeline, load, load_vae
+    from .sampling import img2img, inpaint, sample
+    from .sizes import Sizes
+    from .weights.account import inspect
 
 __version__ = "0.1.0"
 __all__ = [
-    "Conditioning", "Denoiser", "NoiseSchedule", "Pipeline",
-    "guidance", "images", "load", "models", "sample", "schedulers",
+    "Conditioning", "Denoiser", "NoiseSchedule", "Pipeline", "Sizes",
+    "fast", "guidance", "images", "img2img", "inpaint", "inspect", "load", "load_vae", "models", "sample",
+    "schedulers",
 ]
 
 _MODULE_OF = {
@@ -26,7 +29,12 @@ _MODULE_OF = {
     "Denoiser":      "denoiser",
     "NoiseSchedule": "noise_schedule",
     "Pipeline":      "pipeline",
+    "Sizes":         "sizes",
+    "img2img":       "sampling",
+    "inpaint":       "sampling",
+    "inspect":       "weights.account",
     "load":          "pipeline",
+    "load_vae":      "pipeline",
     "sample":        "sampling",
 }
 

@@ -1,11 +1,11 @@
 """The command `ldm`: a prompt in, PNG files out, each of which remembers how it was made.
 
-Everything that is not a flag is the prompt.
+Everything that is not a flag is the prompt, but for a first word that is the name of one of COMMANDS.
 """
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -16,14 +16,23 @@ import ldm
 # Nothing above loads torch: that happens where a picture is made, so that --help and mistyped flags answer
 # at once.
 
-# What a picture remembers: the parameters of ldm.sample, those of ldm.load, and whether it is a grid.
+# What a picture remembers: the parameters of ldm.sample and of ldm.load, what the tasks with a picture add to
+# them, and whether it is a grid. Of models and of pictures that came in, it is the names.
 SAMPLE_PARAMETERS = ("negative_prompt", "scheduler", "spacing", "steps", "guidance_scale", "seed",
                      "num_images", "height", "width")
-LOAD_PARAMETERS   = ("variant", "revision", "dtype")
-RECORDED          = ("prompt", "model", *SAMPLE_PARAMETERS, *LOAD_PARAMETERS, "grid")
+LOAD_PARAMETERS   = ("variant", "revision", "dtype", "vae", "prediction", "ema")
+MASK_PARAMETERS   = ("invert", "padding", "feather", "composite")
+OPTIONS           = (*SAMPLE_PARAMETERS, "handover", "strength", *MASK_PARAMETERS)
+RECORDED          = ("prompt", "model", "image", "mask", "refiner", *OPTIONS, *LOAD_PARAMETERS, "grid")
+NEEDS             = {"handover": "refiner", "strength": "image", "mask": "image",      # flag → another
+                     **dict.fromkeys(MASK_PARAMETERS, "mask")}
 
+DTYPES = ("float32", "float16", "bfloat16")
 USAGE  = """ldm PROMPT [-o FILE] [options]
-       ldm --from FILE [-o FILE] [options]"""
+       ldm PROMPT --image FILE [--mask FILE] [-o FILE] [options]
+       ldm --from FILE [-o FILE] [options]
+       ldm inspect FILE
+       ldm convert FILE FOLDER [options]"""
 EPILOG = """\
 Files: -o FILE replaces FILE if it exists. Without -o the pictures are written to ldm-1.png,
 ldm-2.png … in the current folder, the first names that are free. With -n and -o out.png they are
@@ -31,12 +40,16 @@ out-0.png, out-1.png …, or one sheet in out.png with --grid.
 
 Seeds: picture i of a call has the seed SEED + i, and its file says so: `ldm --from out-2.png`
 makes that one again, alone. Device and file name are not taken over from the file; a model's
-folder is, as it was written.
+folder and the pictures of --image and --mask are, by their names as they were written.
+
+Checkpoints: `ldm inspect FILE` tells what is in a file and runs none of it; `ldm convert FILE
+FOLDER` makes a folder of it that diffusers reads too. To paint such a word: `ldm -- inspect`.
 
 examples:
   ldm "a red circle on a blue background" -o circle.png
   ldm "a green square" --scheduler heun --steps 10 -n 4 --grid -o squares.png
   ldm --from circle.png --seed 7 -o other.png
+  ldm "a green star" --image circle.png --strength 0.6 -o star.png
   ldm "a lighthouse at dawn" --model ./stable-diffusion-v1-5 --variant fp16
 """
 
@@ -64,6 +77,19 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--grid", action=argparse.BooleanOptionalAction,
                       help="write one sheet instead of several files")
 
+    given = p.add_argument_group("picture as input")
+    given.add_argument("--image", metavar="FILE", help="start from this picture, and keep its size")
+    given.add_argument("--strength", metavar="PART", type=float,
+                       help="how much of it is replaced, 0 to 1 (default 0.8; with --mask 1)")
+    given.add_argument("--mask", metavar="FILE", help="a picture: only where it is white, paint anew")
+    given.add_argument("--invert", action="store_true", help="only where the mask is black")
+    given.add_argument("--padding", metavar="PIXELS", type=int,
+                       help="work on the part around the mask only, and so much more, at full size")
+    given.add_argument("--feather", metavar="PIXELS", type=int,
+                       help="width of a soft edge around the mask (default 0)")
+    given.add_argument("--composite", action=argparse.BooleanOptionalAction,
+                       help="keep each pixel outside of the mask as it was (default)")
+
     how = p.add_argument_group("sampling")
     how.add_argument("--scheduler", metavar="NAME", help="see --list-schedulers (default: the model's)")
     how.add_argument("--steps", metavar="N", type=int, help="steps of the scheduler (default: the model's)")
@@ -71,39 +97,68 @@ def parser() -> argparse.ArgumentParser:
                      help="scale of classifier-free guidance, 1 for none (default: the model's)")
     how.add_argument("--spacing", metavar="NAME",
                      help="where the steps lie: leading, trailing, linspace, karras …")
+    how.add_argument("--refiner", metavar="NAME", help="a second model for the last part of the steps")
+    how.add_argument("--handover", metavar="PART", type=float,
+                     help="the part before it takes over, 0 to 1 (default 0.8)")
 
     model = p.add_argument_group("model")
     model.add_argument("--model", metavar="NAME",
-                       help="hub id or folder (default: the small model inside the package)")
-    model.add_argument("--variant", metavar="NAME", help="flavour of the weight files, such as fp16")
+                       help="hub id, folder or checkpoint file (default: the small model inside the package)")
+    add_loading(model)
     model.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     model.add_argument("--device", metavar="NAME",
                        help="cpu, cuda, cuda:1, mps … (default: the fastest there is)")
-    model.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by device")
+    model.add_argument("--dtype", choices=DTYPES, help="default: by device")
 
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no file names")
     p.add_argument("--debug", action="store_true", help="show Python's stack trace of an error")
     return p
 
 
+def inspect_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="ldm inspect", argument_default=argparse.SUPPRESS,
+        description="Tell what a checkpoint or a model's folder holds: family, prediction, dtypes, and what "
+                    "becomes of every tensor. Nothing in it is run.")
+    p.add_argument("file", metavar="FILE", help="a checkpoint (.safetensors, .ckpt …) or a folder")
+    p.add_argument("--debug", action="store_true", help="show Python's stack trace of an error")
+    return p
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="ldm convert", argument_default=argparse.SUPPRESS,
+        description="Write a model as a folder in Hugging Face layout, which diffusers and ldm load.")
+    p.add_argument("model", metavar="FILE", help="a checkpoint file (or a folder, or a hub id)")
+    p.add_argument("folder", metavar="FOLDER", type=Path, help="a new one, or an empty one")
+    p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are in the file)")
+    add_loading(p)
+    p.add_argument("-q", "--quiet", action="store_true", help="print nothing")
+    p.add_argument("--debug", action="store_true", help="show Python's stack trace of an error")
+    return p
+
+
+def add_loading(p: argparse._ActionsContainer) -> None:
+    """The flags for how a model is read that both commands have."""
+    p.add_argument("--variant", metavar="NAME", help="flavour of the weight files, such as fp16")
+    p.add_argument("--vae", metavar="NAME", help="another autoencoder: hub id, folder or file")
+    p.add_argument("--prediction", choices=("epsilon", "v_prediction", "sample"),
+                   help="what the U-Net tells, where the files do not say it rightly")
+    p.add_argument("--ema", action="store_true", help="take the averaged weights of a checkpoint with both")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 after an error, 2 for wrong flags, 130 after Ctrl-C."""
-    flags = parser()
-    parsed, rest = flags.parse_known_args(argv)
-    given = vars(parsed)
-    if rest:
-        flags.error(f"not understood: {' '.join(rest)} (a prompt of several words is put in quotes)")
-    if not given.keys() & {"prompt", "source", "list_schedulers"}:
-        flags.error('give a prompt, for example: ldm "a red circle on a blue background" -o circle.png')
-    if problem := output_problem(given.get("output")):
-        flags.error(problem)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        flags, work = COMMANDS[words[0]]
+        given = vars(flags().parse_args(words[1:]))
+    else:
+        given, work = parse(words), make_pictures
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print("ldm: warning:", message, file=sys.stderr)
-            if "list_schedulers" in given:
-                list_schedulers()
-            else:
-                make_pictures(given)
+            work(given)
     except KeyboardInterrupt:
         print("ldm: stopped", file=sys.stderr)
         return 130
@@ -115,18 +170,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """The flags for pictures, checked as far as can be before any work. Exits with 2 if they are wrong."""
+    flags = parser()
+    parsed, rest = flags.parse_known_args(words)
+    given = vars(parsed)
+    if rest:
+        flags.error(f"not understood: {' '.join(rest)} (a prompt of several words is put in quotes)")
+    if not given.keys() & {"prompt", "source", "list_schedulers"}:
+        flags.error('give a prompt, for example: ldm "a red circle on a blue background" -o circle.png')
+    problem = output_problem(given.get("output")) or ("source" not in given and flag_problem(given))
+    if problem:
+        flags.error(problem)
+    return given
+
+
 def make_pictures(given: dict[str, Any]) -> None:
     """Sample and write, with the parameters `given` on the command line over those of the file of --from."""
+    if "list_schedulers" in given:
+        return list_schedulers()
     from ldm import images
-    quiet    = "quiet" in given
-    asked    = (restore(given["source"]) if "source" in given else {}) | given
-    pipeline = ldm.load(asked.get("model"), device=asked.get("device"),
-                        **{key: asked[key] for key in LOAD_PARAMETERS if key in asked})
-    # The model's defaults are written out, so that a picture says all that made it.
+    quiet = "quiet" in given
+    asked = (restore(given["source"]) if "source" in given else {}) | given
+    if problem := flag_problem(asked):
+        raise ValueError(f"{problem} ({given['source']} remembers it so; a flag here goes before that)")
+    loading  = {"device": asked.get("device"), **{key: asked[key] for key in LOAD_PARAMETERS if key in asked}}
+    pipeline = ldm.load(asked.get("model"), **loading)
+    inputs   = [asked[key] for key in ("image", "mask") if key in asked]
+    make: Any = (ldm.sample, ldm.img2img, ldm.inpaint)[len(inputs)]
+    # The defaults are written out, so that a picture says all that made it; a given picture brings its size.
+    defaults = asdict(pipeline.defaults)
+    if inputs:
+        del defaults["height"], defaults["width"]
+        defaults["strength"] = 1.0 if "mask" in asked else 0.8
     wanted   = {"prompt": "", "model": None, "negative_prompt": "", "seed": 0, "num_images": 1, "grid": False,
-                **asdict(pipeline.defaults), **asked}
-    pictures = ldm.sample(wanted["prompt"], pipeline, progress=False if quiet else None,
-                          **{key: wanted[key] for key in SAMPLE_PARAMETERS if key in wanted})
+                **defaults, **asked}
+    options  = {key: wanted[key] for key in OPTIONS if key in wanted}
+    if "refiner" in wanted:
+        shared = {key: value for key, value in loading.items() if key in ("device", "dtype", "variant")}
+        options["refiner"] = ldm.load(wanted["refiner"], **shared)
+    pictures = make(wanted["prompt"], *inputs, pipeline, progress=False if quiet else None, **options)
     if wanted["grid"]:
         files = [(images.grid(pictures), wanted)]
     else:
@@ -137,6 +220,41 @@ def make_pictures(given: dict[str, Any]) -> None:
         images.save_png(image, path, record)
         if not quiet:
             print(path)
+
+
+def show_report(given: dict[str, Any]) -> None:
+    """`ldm inspect FILE`."""
+    print(ldm.inspect(given["file"]))
+
+
+def convert(given: dict[str, Any]) -> None:
+    """`ldm convert FILE FOLDER`. The file's own dtype, if it has but one, is kept: so nothing is lost."""
+    name  = given["model"]
+    there = ldm.inspect(name).dtypes if Path(name).expanduser().exists() else {}
+    found = [dtype for dtype in DTYPES if dtype in there]
+    exact = found[0] if len(found) == 1 and "vae" not in given else "float32"
+    loading = {key: given[key] for key in LOAD_PARAMETERS if key in given and key != "dtype"}
+    ldm.load(name, device="cpu", dtype=exact, **loading).save(given["folder"], given.get("dtype", exact))
+    if "quiet" not in given:
+        print(given["folder"])
+
+
+# First word → its flags, and what it does with them.
+COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[dict[str, Any]], None]]] = {
+    "inspect": (inspect_parser, show_report),
+    "convert": (convert_parser, convert),
+}
+
+
+def flag_problem(asked: dict[str, Any]) -> str | None:
+    """What does not go together, or is not there; said before the work, as in `output_problem`."""
+    for flag, needed in NEEDS.items():
+        if flag in asked and needed not in asked:
+            return f"--{flag} needs --{needed}"
+    for flag in ("image", "mask"):
+        if flag in asked and not Path(asked[flag]).is_file():
+            return f"--{flag} {asked[flag]}: there is no such file"
+    return None
 
 
 def restore(path: Path) -> dict[str, Any]:
@@ -190,6 +308,6 @@ def explain(error: Exception) -> str:
                 "--device cpu")
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, (ValueError, OSError, ImportError)) and text:
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"

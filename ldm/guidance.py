@@ -3,6 +3,7 @@
 Each returns the plain function that a scheduler calls. A guidance of your own is one more such function.
 """
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from .denoiser import Conditioning, Denoise, Denoiser
 def unguided(denoiser: Denoiser, cond: Conditioning) -> Denoise:
     """D(x; σ, cond) as it is: one call of the network on N pictures."""
     return lambda x, sigma: denoiser(x, sigma, cond)
+
+
+def distilled(denoiser: Denoiser, cond: Conditioning, scale: float) -> Denoise:
+    """For a network that was taught what guidance results in, and is told the scale: Meng et al. 2022; LCM.
+
+    One call of the network on N pictures. It leads away from what it was taught to, the empty prompt.
+    """
+    scales = torch.full((len(cond),), float(scale), device=cond.context.device)
+    return unguided(denoiser, replace(cond, guidance=scales))
 
 
 def classifier_free(denoiser: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float) -> Denoise:
@@ -58,6 +68,14 @@ def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denois
     Outside, `plain` costs half as much.
     """
     return lambda x, sigma: (guided if low < sigma <= high else plain)(x, sigma)
+
+
+def switch(above: Denoise, below: Denoise, sigma: float) -> Denoise:
+    """The ensemble of expert denoisers (Balaji et al. 2022, "eDiff-I"): `above` for σ′ ≥ sigma, else `below`.
+
+    So Stable Diffusion XL hands over to its refiner within *one* run of one scheduler, whose history goes on.
+    """
+    return lambda x, s: (above if s >= sigma else below)(x, s)
 
 
 def _both(function: Callable[[Tensor, float, Conditioning], Tensor], cond: Conditioning,

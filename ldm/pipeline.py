@@ -2,19 +2,22 @@
 
     pipeline = dataclasses.replace(pipeline, vae=my_vae)
 """
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import schedulers, weights
-from .denoiser import Conditioning
-from .models import VAE, UNet, UNetConfig, VAEConfig
+from . import contracts, schedulers, weights
+from .denoiser import PREDICTIONS, Conditioning
+from .models import VAE, TinyVAE, UNet, UNetConfig
 from .noise_schedule import NoiseSchedule
-from .text import ClipText
+from .sizes import Sizes, with_numbers
+from .text import ClipText, JoinedText
 
 EMBEDDED = Path(__file__).parent / "assets" / "shapes"      # the small model of the package
 
@@ -31,7 +34,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The parts of a latent diffusion model.
+    """The parts of a latent diffusion model. ValueError: parts that do not fit each other, see contracts.py.
 
     text:       N prompts → Conditioning of N.
     unet:       the network F(x, t, context, vector) → tensor.
@@ -42,85 +45,213 @@ class Pipeline:
                 and end of the σ's.
     defaults:   what a call uses where it does not say otherwise.
     name:       where it came from.
+    zero_empty: whether an empty negative prompt stands for zeros, as in the base of Stable Diffusion XL
+                (`force_zeros_for_empty_prompt`); there, " " stands for the states of the empty text.
     """
     text: Callable[[Sequence[str]], Conditioning]
     unet: Callable[..., Tensor]
-    vae: VAE
+    vae: VAE | TinyVAE
     schedule: NoiseSchedule
     prediction: str = "epsilon"
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     defaults: Defaults = Defaults()
     name: str = ""
+    zero_empty: bool = False
+
+    def __post_init__(self) -> None:
+        contracts.check(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pictures are made."""
+        return next(self.vae.parameters()).device
+
+    def condition(self, prompts: Sequence[str], height: int, width: int, sizes: Sizes = Sizes(), *,
+                  negative: bool = False) -> Conditioning:
+        """All that the network is told besides x and σ, for N prompts.
+
+        height, width: of the pictures, in pixels; read by Stable Diffusion XL only, as are `sizes`.
+        negative:      these are prompts to lead away from: where `zero_empty` says so, empty ones are zeros.
+        """
+        cond = self.text(prompts)
+        config: Any = getattr(self.unet, "config", None)              # a network of one's own needs no config
+        if cond.vector is None or getattr(config, "vector_dim", None) is None:
+            return cond
+        count = (config.vector_dim - cond.vector.shape[1]) // config.vector_time_dim
+        if negative and self.zero_empty:
+            some = torch.tensor([[prompt != ""] for prompt in prompts], device=cond.vector.device)    # (N, 1)
+            cond = replace(cond, context=cond.context * some[:, None], vector=cond.vector * some)
+        numbers = sizes.numbers(height, width, count, negative=negative)
+        return with_numbers(cond, numbers, config.vector_time_dim)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (N, 3, H, W) in [−1, 1] → mean and std of the scaled latents (N, 4, H/8, W/8), float32."""
+        """Pictures (N, 3, H, W) in [−1, 1] → mean and std of the scaled latents (N, 4, H/8, W/8), float32.
+
+        FloatingPointError: see `finite`.
+        """
         weight    = next(self.vae.parameters())
         mean, std = self.vae.encode(images.to(weight))
-        return mean.float(), std.float()
+        return finite(mean.float(), "autoencoder"), std.float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (N, 4, h, w) → pictures (N, 3, 8h, 8w), about in [−1, 1], in float32.
 
         One picture at a time: no part takes more memory than the decoder, and it does not gain by batches.
+        FloatingPointError: see `finite`.
         """
-        weight = next(self.vae.parameters())
-        return torch.cat([self.vae.decode(z.to(weight)).float() for z in latents.split(1)])
+        weight   = next(self.vae.parameters())
+        pictures = [self.vae.decode(z.to(weight)).float() for z in latents.split(1)]
+        return finite(torch.cat(pictures), "autoencoder")
+
+    def save(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> None:
+        """Writes the model as a folder in Hugging Face layout, which `load` and diffusers read.
+
+        folder: a new or an empty one. It gets its name when everything is in it.
+        dtype:  of the weights in the files; None leaves each part in its own.
+
+        FileExistsError: the folder has something in it. ValueError: a part of one's own, or changed layers,
+        for which the layout has no place; numbers too large for the dtype.
+        """
+        unet, vae, text = self.unet, self.vae, self.text
+        if not (isinstance(unet, UNet) and isinstance(vae, (VAE, TinyVAE))
+                and isinstance(text, (ClipText, JoinedText))):
+            raise ValueError(f"Only a model of our own parts has a Hugging Face layout, not one of "
+                             f"{', '.join(type(part).__name__ for part in (text, unet, vae))}.")
+        dtype = None if dtype is None else _dtype(dtype, self.device)
+        xl    = unet.config.vector_dim is not None
+        if isinstance(text, JoinedText):
+            encoders = {"text_encoder": text.first, "text_encoder_2": text.second}
+        else:
+            encoders = {"text_encoder_2" if xl else "text_encoder": text}
+        if any(encoder.penultimate != xl for encoder in encoders.values()):
+            raise ValueError("No file says which states of the text encoder are read: `penultimate` must be "
+                             "as `load` sets it, True for Stable Diffusion XL and False for others.")
+
+        config = {"_class_name": "DDIMScheduler", **self.scheduler_config, "prediction_type": self.prediction}
+        if not np.array_equal(NoiseSchedule.from_hf(config).betas, self.schedule.betas):
+            config |= {"trained_betas": self.schedule.betas.tolist(), "rescale_betas_zero_snr": False}
+        sample_size = unet.config.sample_size or self.defaults.height // vae.config.downscale
+        size        = sample_size * vae.config.downscale
+        derived     = {"scheduler": schedulers.default_name(config), "height": size, "width": size}
+        own         = {key: value for key, value in asdict(self.defaults).items()
+                       if value != derived.get(key)}
+
+        with weights.new_folder(Path(folder)) as new:
+            weights.write_network(unet, new / "unet", dtype, sample_size=sample_size)
+            weights.write_network(vae, new / "vae", dtype,
+                                  **({"sample_size": size} if isinstance(vae, VAE) else {}))
+            for name, encoder in encoders.items():
+                weights.write_text_encoder(encoder.model, new / name, dtype)
+                weights.write_tokenizer(encoder.tokenizer, new / name.replace("text_encoder", "tokenizer"))
+            weights.write_json(new / "scheduler" / "scheduler_config.json", config)
+            weights.write_json(new / "model_index.json", weights.model_index(
+                unet.config, vae.config, {name: encoder.model for name, encoder in encoders.items()},
+                config["_class_name"], own, self.zero_empty))
+
+
+def finite(x: Tensor, part: str) -> Tensor:
+    """x, the result of a part of the model. FloatingPointError: NaN or ∞ in it, which would be black."""
+    if not x.isfinite().all():
+        raise FloatingPointError(f"The {part} gave numbers that are not finite; the picture would be black. "
+                                 f"In float16, which ends at 65504, they overflowed: load the model with "
+                                 f"dtype='bfloat16' or 'float32'. Else the weights or inputs are at fault.")
+    return x
 
 
 def load(name: str | Path | None = None, *, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None, variant: str | None = None,
-         revision: str | None = None) -> Pipeline:
-    """Loads a Stable Diffusion 1.x or 2.x model in Hugging Face layout.
+         dtype: str | torch.dtype | None = None, variant: str | None = None, revision: str | None = None,
+         prediction: str | None = None, ema: bool = False, vae: str | Path | None = None) -> Pipeline:
+    """Loads a Stable Diffusion 1.x, 2.x or XL model: a folder in Hugging Face layout, or a checkpoint file.
+
+    A single file needs nothing else: its architecture is read from its tensors; the tokenizer and the
+    published configurations are in the package. `ldm.inspect` tells what is in a file. Of pickles (`.ckpt`)
+    only tensors are read, and nothing is run.
 
     Args:
-        name:     None for the small model inside the package; a folder; or a hub id ("organisation/model"),
-                  whose files are downloaded unless they are in the cache. A folder needs no network.
+        name:     None for the small model inside the package; a folder; a checkpoint file (`.safetensors`,
+                  `.ckpt`); or a hub id ("organisation/model"), whose files are downloaded unless they are in
+                  the cache. Folders and files need no network.
         device:   default: CUDA, else MPS, else the CPU.
         dtype:    of U-Net, text encoder and autoencoder; default: float16 on CUDA, otherwise float32. An
                   autoencoder whose config says `force_upcast` stays in float32 where float16 is asked for.
         variant:  such as "fp16": the files with that word in their names, where a component has them.
         revision: branch, tag or commit on the hub.
+        prediction: "epsilon", "v_prediction" or "sample", where the files are silent or wrong.
+        ema:      of a checkpoint file with two U-Nets, take the one of running averages.
+        vae:      another autoencoder, as for `load_vae`.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: the model cannot be found or fetched.
         ValueError: a file is damaged, does not fit its config, or is of an architecture that ldm does not
-            implement; or device, dtype or variant do not exist.
+            implement; or device, dtype, prediction or variant do not exist.
     """
+    if prediction not in (None, *PREDICTIONS):
+        raise ValueError(f"prediction is {prediction!r}; there are {', '.join(map(repr, PREDICTIONS))}.")
     device = _device(device)
     dtype  = _dtype(dtype, device)
-    folder = weights.find(EMBEDDED if name is None else name, variant=variant, revision=revision)
-    index  = weights.read_json(folder / "model_index.json")
-    if (index.get("text_encoder_2") not in (None, [None, None])
-            or "StableDiffusionXL" in str(index.get("_class_name"))):
-        raise ValueError(f"{folder} is a Stable Diffusion XL model. ldm has its U-Net and autoencoder "
-                         f"(ldm.models), but cannot load the whole as a pipeline yet; "
-                         f"Stable Diffusion 1.x and 2.x it can.")
+    source = weights.open_source(EMBEDDED if name is None else name, variant=variant, revision=revision,
+                                 prediction=prediction, ema=ema)
+    if not source.encoders:
+        raise ValueError(f"{source.path} has no text encoder: use a complete model.")
+    index, scheduler_config = source.index, source.scheduler
 
-    def config(part: str, file: str = "config.json") -> dict[str, Any]:
-        return weights.read_json(folder / part / file)
-
-    unet_config, vae_config = UNetConfig.from_hf(config("unet")), VAEConfig.from_hf(config("vae"))
-    scheduler_config = config("scheduler", "scheduler_config.json")
-    vae_dtype  = torch.float32 if dtype == torch.float16 and vae_config.force_upcast else dtype
-    unet = weights.load_module(lambda: UNet(unet_config), folder / "unet",
-                               variant=variant, device=device, dtype=dtype)
-    vae  = weights.load_module(lambda: VAE(vae_config), folder / "vae",
-                               variant=variant, device=device, dtype=vae_dtype,
-                               rename=weights.rename_old_vae_attention)
-    text = ClipText(weights.load_tokenizer(folder / "tokenizer"),
-                    weights.load_text_encoder(folder / "text_encoder",
-                                              variant=variant, device=device, dtype=dtype))
+    unet = weights.load_part("unet", source.part("unet"), device=device, dtype=dtype)
+    xl   = unet.config.vector_dim is not None
+    text = [ClipText(source.tokenizer(part),
+                     weights.load_part(part, source.part(part), device=device, dtype=dtype), penultimate=xl)
+            for part in source.encoders]
+    autoencoder = (_vae(source.part("vae"), device, dtype) if vae is None else
+                   load_vae(vae, device=device, dtype=dtype, scaling_factor=0.13025 if xl else 0.18215))
 
     own  = index.get("_ldm") or {}         # our own key in model_index.json; diffusers ignores names with a _
-    size = (unet_config.sample_size or 64) * vae_config.downscale
-    return Pipeline(text, unet, vae, NoiseSchedule.from_hf(scheduler_config),
+    scheduler    = schedulers.default_name(scheduler_config)
+    steps, scale = _usual(unet.config, scheduler, Path(name or "").name)
+    size = (unet.config.sample_size or 64) * autoencoder.config.downscale
+    return Pipeline(text[0] if len(text) == 1 else JoinedText(*text), unet, autoencoder,
+                    NoiseSchedule.from_hf(scheduler_config),
                     prediction       = scheduler_config.get("prediction_type") or "epsilon",
                     scheduler_config = scheduler_config,
-                    defaults         = Defaults(scheduler      = schedulers.default_name(scheduler_config),
-                                                steps          = own.get("steps", 50),
-                                                guidance_scale = own.get("guidance_scale", 7.5),
-                                                height=size, width=size),
-                    name             = "embedded" if name is None else str(name))
+                    defaults         = Defaults(**{"scheduler": scheduler, "steps": steps,
+                                                   "guidance_scale": scale, "height": size, "width": size,
+                                                   **own}),
+                    name             = "embedded" if name is None else str(name),
+                    zero_empty       = bool(index.get("force_zeros_for_empty_prompt")))
+
+
+def _usual(config: UNetConfig, scheduler: str, name: str) -> tuple[int, float]:
+    """Steps and guidance scale of the published models of a kind. Only their names tell Turbo models."""
+    if re.match(weights.TURBO, name):
+        return 1, 1.0
+    if scheduler == "lcm":
+        return 4, 1.0 if config.guidance_dim is None else 8.5
+    return 50, 7.5 if config.vector_dim is None else 5.0
+
+
+def load_vae(name: str | Path, *, device: str | torch.device | None = None,
+             dtype: str | torch.dtype | None = None, variant: str | None = None, revision: str | None = None,
+             scaling_factor: float | None = None) -> VAE | TinyVAE:
+    """Loads an autoencoder alone, for `dataclasses.replace(pipeline, vae=…)`; `load(vae=NAME)` does both.
+
+    Args:
+        name:   a folder with the autoencoder's `config.json`, or a pipeline's; a file (`.safetensors`,
+                `.ckpt`, `.pt`) of an autoencoder or a whole model, in LDM names or diffusers'; a half of
+                TAESD beside the other half; or the hub id of such a folder.
+        device, dtype, variant, revision: as for `load`.
+        scaling_factor: of the latents, for a file of an autoencoder alone, which does not tell it. Default:
+                Stable Diffusion 1.x's and 2.x's .18215 (XL has .13025), and 1 for TAESD.
+
+    Errors are those of `load`.
+    """
+    device = _device(device)
+    return _vae(weights.open_vae(name, variant=variant, revision=revision, scaling_factor=scaling_factor),
+                device, _dtype(dtype, device))
+
+
+def _vae(part: weights.Part, device: torch.device, dtype: torch.dtype) -> VAE | TinyVAE:
+    upcast = dtype == torch.float16 and weights.vae_config(part).force_upcast
+    dtype  = torch.float32 if upcast else dtype
+    vae: VAE | TinyVAE = weights.load_part("vae", part, device=device, dtype=dtype)
+    return vae
 
 
 def _device(device: str | torch.device | None) -> torch.device:

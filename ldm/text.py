@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from .denoiser import Conditioning
 
 if TYPE_CHECKING:
@@ -12,17 +14,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClipText:
-    """The text encoder of Stable Diffusion 1.x and 2.x: call it with N prompts, get a Conditioning of N.
+    """A CLIP text encoder: call it with N prompts, get a Conditioning of N.
 
-    The context is the last hidden state after the final LayerNorm, (N, S, D): S = 77 tokens, D = 768 (SD 1.x,
-    CLIP ViT-L/14) or 1024 (SD 2.x, OpenCLIP ViT-H/14, whose files hold 23 of its 24 layers, so that the last
-    one in the file is the penultimate one of the original).
+    The context is (N, S, D), with S = 77 tokens:
+
+        Stable Diffusion   encoder            D     which states
+        1.x                CLIP ViT-L/14      768   the last, after the final LayerNorm
+        2.x                OpenCLIP ViT-H/14  1024  the same; but files hold 23 of the 24 layers, so that
+                                                    their last is the penultimate of the original
+        XL base            CLIP ViT-L/14      768   the penultimate, without the final LayerNorm
+        XL base, refiner   OpenCLIP bigG/14   1280  the same; and the *pooled* text as vector, (N, 1280):
+                                                    the last state of the end token, projected
 
     Every prompt is put between a start and an end token and padded to S tokens; the network sees the padding
-    too, as it did in training. CLIP's own attention is causal, so a word knows only the words before it.
+    too, as it did in training: CLIP is padded with end tokens, OpenCLIP with "!" (id 0). CLIP's own attention
+    is causal, so a word knows only the words before it.
+
+    penultimate: as XL wants it, see the table.
     """
     tokenizer: "CLIPTokenizer"
     model: "CLIPTextModel | CLIPTextModelWithProjection"
+    penultimate: bool = False
 
     @property
     def max_tokens(self) -> int:
@@ -35,9 +47,24 @@ class ClipText:
             if left_out := self.left_out(prompt):
                 warnings.warn(f"The prompt is longer than {self.max_tokens} tokens; "
                               f"without effect is its end: {left_out!r}.", stacklevel=2)
+        return self.encode(prompts)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The same without the warning."""
         tokens = self.tokenizer(list(prompts), padding="max_length", max_length=self.max_tokens,
                                 truncation=True, return_tensors="pt").input_ids                 # (N, S)
-        return Conditioning(self.model(tokens.to(self.model.device)).last_hidden_state)         # (N, S, D)
+        tokens = tokens.to(self.model.device)
+        if not self.penultimate:
+            return Conditioning(self.model(tokens).last_hidden_state)                           # (N, S, D)
+        output  = self.model(tokens, output_hidden_states=True)
+        project = getattr(self.model, "text_projection", None)
+        if project is None:
+            return Conditioning(output.hidden_states[-2])
+        # Not the model's own `text_embeds`: with the `eos_token_id` of 2 that all published configs have, it
+        # takes the highest id for the end token, and a token that was added later has a higher one.
+        end    = (tokens == self.tokenizer.eos_token_id).int().argmax(dim=1)                   # the first one
+        pooled = output.last_hidden_state[torch.arange(len(tokens)), end]
+        return Conditioning(output.hidden_states[-2], project(pooled))
 
     def left_out(self, prompt: str) -> str:
         """The words at the end of a prompt that do not fit; empty when all do."""
@@ -45,3 +72,16 @@ class ClipText:
         tokens = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return str(self.tokenizer.decode(tokens[self.max_tokens - 2:])).strip()
 
+
+@dataclass(frozen=True)
+class JoinedText:
+    """Two encoders that read the same prompt, for the base of Stable Diffusion XL (Podell et al. 2023, 2.1).
+
+    Their states are joined along the width, (N, S, 768 + 1280); the vector is the pooled text of the second.
+    """
+    first: ClipText
+    second: ClipText
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        first, second = self.first(prompts), self.second.encode(prompts)          # who would warn once more
+        return Conditioning(torch.cat([first.context, second.context], dim=-1), second.vector)

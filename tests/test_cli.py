@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ldm
 from ldm import cli, images
+from ldm.pipeline import EMBEDDED
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
@@ -45,15 +48,19 @@ def calls(monkeypatch, tmp_path):
         calls.append(("load", name, options))
         return StandIn(name)
 
-    def sample(prompt, model, *, progress, seed, num_images, **options):
-        options |= {"seed": seed, "num_images": num_images}
-        calls.append(("sample", prompt, model.name, options, progress))
-        if calls.error:
-            raise calls.error
-        return [Image.new("RGB", (8, 8), (seed + i, 0, 0)) for i in range(num_images)]
+    def stand_in(task):
+        def make(prompt, *inputs, progress, seed, num_images, **options):
+            *inputs, model = inputs
+            options |= {"seed": seed, "num_images": num_images}
+            calls.append((task, prompt, *inputs, model.name, options, progress))
+            if calls.error:
+                raise calls.error
+            return [Image.new("RGB", (8, 8), (seed + i, 0, 0)) for i in range(num_images)]
+        return make
 
     monkeypatch.setitem(vars(ldm), "load", load)
-    monkeypatch.setitem(vars(ldm), "sample", sample)
+    for task in ("sample", "img2img", "inpaint"):
+        monkeypatch.setitem(vars(ldm), task, stand_in(task))
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -92,6 +99,82 @@ def test_every_flag_arrives_and_comes_back(calls):
         "guidance_scale": 2.5, "height": 64, "width": 96, "seed": 5, "num_images": 1}, False)
     assert calls[2:] == calls[:2]
     assert Path("first.png").read_bytes() == Path("second.png").read_bytes()
+
+
+@pytest.fixture
+def inputs(calls):
+    """in.png, mask.png and new.png in the current folder, and the parameters of a call with none of them."""
+    for name in ("in.png", "mask.png", "new.png"):
+        Image.new("RGB", (8, 8)).save(name)
+    return {"negative_prompt": "", "scheduler": "euler", "steps": 25, "guidance_scale": 3.0, "seed": 0,
+            "num_images": 1}
+
+
+def test_image_to_image(calls, inputs):
+    """The picture's own size is kept: that of the model is not asked for."""
+    run("a cat", "--image", "in.png", "-o", "a.png")
+    run("a cat", "--image", "in.png", "--strength", "0.5", "--width", "64", "-n", "2", "-o", "b.png")
+    run("--from", "b-1.png", "-o", "c.png")
+    run("--from", "b-1.png", "--image", "new.png", "-o", "d.png")
+    assert [call[:4] + call[5:] for call in calls if call[0] != "load"] == [
+        ("img2img", "a cat", name, None, None) for name in ("in.png", "in.png", "in.png", "new.png")]
+    assert [call[4] for call in calls if call[0] != "load"] == [
+        {**inputs, "strength": 0.8},
+        {**inputs, "strength": 0.5, "width": 64, "num_images": 2},
+        *[{**inputs, "strength": 0.5, "width": 64, "seed": 1}] * 2]
+    assert Path("c.png").read_bytes() == Path("b-1.png").read_bytes()
+    assert images.read_parameters("d.png")["image"] == "new.png"
+
+
+def test_inpainting(calls, inputs):
+    flags = ("--padding", "16", "--feather", "4", "--invert", "--no-composite")
+    run("a cat", "--image", "in.png", "--mask", "mask.png", "-o", "a.png")
+    run("a cat", "--image", "in.png", "--mask", "mask.png", *flags, "-o", "b.png")
+    run("--from", "b.png", "-o", "c.png")
+    assert [call[:5] for call in calls if call[0] != "load"] == [
+        ("inpaint", "a cat", "in.png", "mask.png", None)] * 3
+    own = {"padding": 16, "feather": 4, "invert": True, "composite": False}
+    assert [call[5] for call in calls if call[0] != "load"] == [
+        {**inputs, "strength": 1.0}, *[{**inputs, **own, "strength": 1.0}] * 2]
+    assert Path("c.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_a_picture_that_has_moved_is_missed_before_any_work(calls, inputs, capsys):
+    run("a cat", "--image", "in.png", "-o", "a.png")
+    Path("in.png").unlink()
+    calls.clear()
+    assert cli.main(["--from", "a.png", "-o", "b.png"]) == 1
+    assert capsys.readouterr().err == ("ldm: error: --image in.png: there is no such file (a.png remembers "
+                                       "it so; a flag here goes before that)\n")
+    assert calls == []
+    run("--from", "a.png", "--image", "new.png", "-o", "b.png")
+
+
+def test_flags_need_each_other_over_a_file_too(calls, inputs, capsys):
+    run("a cat", "-o", "a.png")
+    assert cli.main(["--from", "a.png", "--strength", "0.5"]) == 1
+    assert "--strength needs --image" in capsys.readouterr().err
+    run("--from", "a.png", "--image", "in.png", "--strength", "0.5", "-o", "b.png")
+
+
+def test_how_a_model_is_loaded(calls):
+    flags = ("--vae", "other.ckpt", "--prediction", "v_prediction", "--ema", "--dtype", "float16")
+    run("a cat", "--model", "a.ckpt", *flags, "-o", "a.png")
+    run("--from", "a.png", "-o", "b.png")
+    assert calls[0] == calls[2] == ("load", "a.ckpt", {
+        "device": None, "vae": "other.ckpt", "prediction": "v_prediction", "ema": True, "dtype": "float16"})
+
+
+def test_a_refiner_is_loaded_like_the_model(calls):
+    run("a cat", "--model", "base", "--refiner", "second", "--handover", "0.7", "--dtype", "float16",
+        "--variant", "fp16", "--vae", "other", "-o", "a.png")
+    run("--from", "a.png", "-o", "b.png")
+    loads = [call for call in calls if call[0] == "load"]
+    assert loads[1] == ("load", "second", {"device": None, "dtype": "float16", "variant": "fp16"})
+    assert loads[2:] == loads[:2]
+    _, _, _, options, _ = calls[2]
+    assert (options["refiner"].name, options["handover"]) == ("second", 0.7)
+    assert images.read_parameters("b.png")["refiner"] == "second"
 
 
 def test_flags_win_over_the_file(calls):
@@ -155,6 +238,14 @@ def test_a_warning_is_one_line(calls, capsys, monkeypatch):
     (("a cat", "-o", "cat.jpg"),         "must end in .png"),
     (("a cat", "-o", "no/cat.png"),      "there is no folder no"),
     (("a cat", "--dtype", "float8"),     "invalid choice: 'float8'"),
+    (("a cat", "--strength", "0.5"),     "--strength needs --image"),
+    (("a cat", "--mask", "mask.png"),    "--mask needs --image"),
+    (("a cat", "--image", "in.png"),     "--image in.png: there is no such file"),
+    (("a cat", "--feather", "8"),        "--feather needs --mask"),
+    (("a cat", "--handover", "0.5"),     "--handover needs --refiner"),
+    (("inspect",),                       "ldm inspect: error: the following arguments are required: FILE"),
+    (("inspect", "a", "b"),              "unrecognized arguments: b"),
+    (("convert", "model.ckpt"),          "ldm convert: error: the following arguments are required: FOLDER"),
 ])
 def test_wrong_flags_exit_with_2_before_any_work(words, message, calls, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -199,9 +290,9 @@ def test_a_file_without_parameters(calls, capsys):
 
 
 def test_a_file_of_a_later_version_with_parameters_unknown_here(calls, capsys):
-    images.save_png(Image.new("RGB", (8, 8)), "later.png", {"ldm": "9.0", "prompt": "a cat", "strength": 0.5})
+    images.save_png(Image.new("RGB", (8, 8)), "later.png", {"ldm": "9.0", "prompt": "a cat", "mood": 0.5})
     assert cli.main(["--from", "later.png"]) == 1
-    assert "was made by ldm 9.0 with strength" in capsys.readouterr().err
+    assert "was made by ldm 9.0 with mood" in capsys.readouterr().err
 
 
 def test_list_schedulers(capsys):
@@ -209,6 +300,50 @@ def test_list_schedulers(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(ldm.schedulers.SCHEDULERS)
     assert "PNDMScheduler" in next(line for line in lines if line.startswith("pndm "))
+
+
+# -- the other commands --------------------------------------------------------------------------------------
+def test_a_prompt_that_is_the_name_of_a_command(calls):
+    run("--", "inspect")
+    run("-q", "convert")
+    assert [call[1] for call in calls if call[0] == "sample"] == ["inspect", "convert"]
+
+
+def test_inspect_prints_the_report(capsys):
+    run("inspect", str(EMBEDDED))
+    assert capsys.readouterr().out == f"{ldm.inspect(EMBEDDED)}\n"
+
+
+@pytest.mark.parametrize("flags", [(), ("--dtype", "float32"), ("--dtype", "bfloat16")])
+def test_convert_keeps_the_dtype_of_the_file_unless_told(tmp_path, capsys, flags):
+    run("convert", str(EMBEDDED), str(tmp_path / "new"), *flags)
+    assert capsys.readouterr().out == f"{tmp_path / 'new'}\n"
+    tensors = load_file(tmp_path / "new/unet/diffusion_pytorch_model.safetensors")
+    wanted  = getattr(torch, flags[1]) if flags else torch.float16
+    for name, tensor in ldm.load(device="cpu").unet.state_dict().items():
+        assert tensors[name].dtype == wanted
+        assert torch.equal(tensors[name], tensor.to(wanted))
+
+
+def test_a_checkpoint_of_two_dtypes_is_converted_without_loss(tmp_path):
+    """Rounding to the narrower of the two is only done where it is asked for."""
+    folder = tiny.write(tmp_path / "a")
+    file   = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
+    run("convert", str(folder), str(tmp_path / "b"), "-q")
+    for part in ("unet", "vae"):
+        before, after = (load_file(tmp_path / name / part / file.name) for name in "ab")
+        assert all(torch.equal(after[name], tensor.float()) for name, tensor in before.items())
+
+
+def test_errors_of_the_other_commands_are_one_line(tmp_path, capsys):
+    for words, message in (
+            (("inspect", str(tmp_path / "no.ckpt")), "ldm: error: There is no file or folder "),
+            (("convert", str(tmp_path / "no.ckpt"), str(tmp_path / "b")), "ldm: error: There is no "),
+            (("convert", str(EMBEDDED), str(EMBEDDED)), "ldm: error: ")):
+        assert cli.main(words) == 1
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith(message)
 
 
 def test_help_and_mistakes_load_no_torch():
@@ -219,7 +354,8 @@ try:
     main(sys.argv[1:])
 finally:
     print('torch' in sys.modules)"""
-    for words in (["--help"], ["--version"], ["a", "b"], ["--from", "nowhere.png"]):
+    for words in (["--help"], ["--version"], ["a", "b"], ["--from", "nowhere.png"], ["inspect", "--help"],
+                  ["a", "--image", "nowhere.png"], ["convert", "a"]):
         result = subprocess.run([sys.executable, "-c", code, *words], env=ENVIRONMENT,
                                 capture_output=True, text=True, check=False)
         assert result.stdout.splitlines()[-1] == "False", words

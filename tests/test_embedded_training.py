@@ -1,10 +1,13 @@
-"""The training loop of the scripts: killed and started again, and in several processes."""
+"""The training loop of the scripts: killed and started again, in several processes, and to fine-tune."""
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
+
+import ldm
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "scripts/embedded"
 
@@ -66,3 +69,29 @@ def test_two_processes_take_one_step_on_all_their_samples(tmp_path):
     one, two = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("one.pt", "two.pt"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
+
+
+def finetune(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, EMBEDDED.parent / "finetune.py", *map(str, arguments)],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_fine_tuning_on_a_folder(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (160, 130), (212, 36, 44)).save(pictures / "a.png")
+    run = finetune(pictures, tmp_path / "out")
+    assert run.returncode != 0
+    assert "no caption beside them, such as a.png: write it to a.txt" in run.stderr
+    (pictures / "a.txt").write_text("a red wall\n")
+    run = finetune(pictures, tmp_path / "out", "--steps", 3, "--batch", 2, "--rate", 1e-3)
+    assert run.returncode == 0, run.stderr
+    before, after = ldm.load(device="cpu"), ldm.load(tmp_path / "out/model", device="cpu")
+    changed = {name for name, tensor in after.unet.state_dict().items()
+               if not torch.equal(tensor, before.unet.state_dict()[name])}
+    assert len(changed) > len(before.unet.state_dict()) / 2
+    for name, tensor in before.vae.state_dict().items():                # the other parts stay as they are
+        assert torch.equal(tensor, after.vae.state_dict()[name])
+    assert torch.equal(before.text(["a red circle"]).context, after.text(["a red circle"]).context)
+    assert after.defaults == before.defaults
+    assert torch.load(tmp_path / "out/training.pt", weights_only=True)["step"] == 3

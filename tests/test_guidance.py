@@ -4,7 +4,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldm import Conditioning, Denoiser, NoiseSchedule
-from ldm.guidance import classifier_free, interval, rescaled, unguided
+from ldm.guidance import classifier_free, interval, rescaled, switch, unguided
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 SIGMA    = 2.5
@@ -131,3 +131,9 @@ def test_guidance_only_within_an_interval():
         network.sizes.clear()
         assert torch.equal(denoise(X, sigma), {2: plain, 4: guided}[size](X, sigma))
         assert network.sizes[0] == size, sigma
+
+
+def test_switch_hands_over_below_its_sigma():
+    denoise = switch(lambda x, sigma: ("above", x, sigma), lambda x, sigma: ("below", x, sigma), 2.0)
+    assert [denoise(7, sigma) for sigma in (2.001, 2.0, 1.999)] == [
+        ("above", 7, 2.001), ("above", 7, 2.0), ("below", 7, 1.999)]

@@ -1,4 +1,4 @@
-"""Pictures: values and shapes of the conversions, grids, and parameters that survive in the PNG."""
+"""Pictures: what is read of every kind, sizes, conversions, grids, parameters that survive in the PNG."""
 import numpy as np
 import pytest
 import torch
@@ -6,6 +6,183 @@ from PIL import Image, PngImagePlugin
 
 from ldm import images
 
+# ── In ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def photo(width: int = 11, height: int = 7, bands: int = 3) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, bands), dtype=np.uint8)
+    return Image.fromarray(pixels.squeeze(), {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[bands])
+
+
+def read_one(picture) -> np.ndarray:
+    """(H, W, 3), float32."""
+    tensor, = images.read(picture)
+    assert tensor.dtype == torch.float32
+    return tensor.permute(1, 2, 0).numpy()
+
+
+def same(picture, expected: np.ndarray, levels: float = 0.01) -> None:
+    """Equal, to a part of one of 256 levels."""
+    assert read_one(picture).shape == (*expected.shape[:2], 3)
+    np.testing.assert_allclose(read_one(picture), np.broadcast_to(expected, read_one(picture).shape),
+                               rtol=0, atol=levels / 255)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
+def test_opaque_modes_are_those_of_pillow(mode):
+    picture = photo().convert(mode)
+    same(picture, np.asarray(picture.convert("RGB")) / 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa"])
+def test_transparency_is_laid_on_white(mode):
+    """Pillow composes in whole levels, so it is off by half of one; premultiplied colours by more."""
+    picture  = photo(bands=4).convert("LA" if mode == "PA" else "RGBA").convert(mode)
+    straight = picture.convert("RGBA")
+    white    = Image.new("RGBA", picture.size, "white")
+    same(picture, np.asarray(Image.alpha_composite(white, straight).convert("RGB")) / 255, levels=1.01)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_transparent_colour_is_white(mode, tmp_path):
+    """Files may name one colour that is transparent."""
+    picture = Image.new("RGB", (4, 2), "red").convert(mode)
+    picture.paste(Image.new("RGB", (2, 2), "blue").convert(mode), (0, 0))
+    which   = picture.getpixel((0, 0))
+    picture.save(tmp_path / "a.png", transparency=which)
+    found   = read_one(tmp_path / "a.png")
+    np.testing.assert_array_equal(found[:, :2], 1)
+    np.testing.assert_array_equal(found[:, 2:] * 255, np.asarray(picture.convert("RGB"))[:, 2:])
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits(format, tmp_path):
+    levels = np.array([[0, 1, 300], [40000, 65534, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a", format=format)
+    same(tmp_path / "a", levels[..., None] / 65535)
+    same(Image.fromarray(levels.astype(np.int32)), levels[..., None] / 65535)       # as older Pillows open it
+    same(Image.fromarray(levels.astype(np.float32) / 65535), levels[..., None] / 65535)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_rotation_of_a_photo_is_applied(orientation, format, tmp_path):
+    """The eight orientations of EXIF: 0th row and column of the file are the named sides of the picture."""
+    turned = {1: lambda x: x,                  2: lambda x: x[:, ::-1],           # top left, top right
+              3: lambda x: x[::-1, ::-1],      4: lambda x: x[::-1],              # bottom right, bottom left
+              5: lambda x: x.swapaxes(0, 1),   6: lambda x: np.rot90(x, -1),      # left top, right top
+              7: lambda x: np.rot90(x, 2).swapaxes(0, 1),                         # right bottom
+              8: lambda x: np.rot90(x, 1)}[orientation]                           # left bottom
+    picture = Image.new("RGB", (32, 16), "black")
+    picture.paste("white", (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 100} if format in ("JPEG", "WEBP") else {}
+    picture.save(tmp_path / "a", format=format, exif=exif, **options)
+    same(tmp_path / "a", turned(np.asarray(picture)) / 255, levels=30)
+
+
+def test_an_animation_gives_its_first_picture(tmp_path):
+    first, second = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
+    same(tmp_path / "a.gif", np.asarray(first) / 255)
+
+
+def test_arrays_and_tensors():
+    pixels = np.asarray(photo())
+    floats = pixels / 255
+    planes = torch.from_numpy(floats).permute(2, 0, 1)
+    for picture in (pixels, floats, floats.astype(np.float32), floats[None], pixels.astype(np.uint16) * 257,
+                    planes, planes[None], torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+                    planes.clone().requires_grad_()):
+        same(picture, floats)
+    same(planes.bfloat16(), floats, levels=0.6)
+    same(pixels[..., 0], floats[..., :1])                                       # (H, W)
+    same(pixels[..., :1], floats[..., :1])
+    same(pixels[..., 0] > 99, (pixels[..., :1] > 99).astype(float))
+    rgba = np.asarray(photo(bands=4)) / 255
+    same(rgba, rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])
+    assert [picture.shape for picture in images.read([photo(4, 5), [floats], np.stack([pixels] * 2)])] == [
+        (3, 5, 4), *[(3, 7, 11)] * 3]
+
+
+def test_what_is_read_does_not_share_its_memory():
+    array = np.zeros((2, 2, 3), dtype=np.float32)
+    picture, = images.read(array)
+    picture += 1
+    assert array.max() == 0
+
+
+@pytest.mark.parametrize(("picture", "error", "words"), [
+    (3,                                     TypeError,  "got int"),
+    (None,                                  TypeError,  "got NoneType"),
+    (np.zeros((3, 8, 9)),                   ValueError, r"\(H, W, C\).* got \(3, 8, 9\)"),
+    (np.zeros(8),                           ValueError, r"got \(8,\)"),
+    (np.zeros((0, 8, 3)),                   ValueError, r"got \(0, 8, 3\)"),
+    (torch.zeros(8, 9, 3),                  ValueError, r"\(C, H, W\).* got \(8, 9, 3\)"),
+    (torch.zeros(8, 9),                     ValueError, r"got \(8, 9\)"),
+    (np.zeros((8, 9, 3), dtype=np.int64),   ValueError, "unsigned whole numbers; got int64"),
+    (np.full((8, 9, 3), 255.0),             ValueError, r"in \[0, 1\]; got 255 … 255"),
+    (torch.full((3, 8, 9), -1.0),           ValueError, "got -1 … -1"),
+    (np.full((8, 9, 3), np.nan),            ValueError, "got nan"),
+    (Image.new("I", (4, 4), 70000),         ValueError, r"in \[0, 1\]"),
+    (Image.new("La", (4, 4)),               ValueError, "mode La into RGB"),
+])
+def test_what_is_no_picture(picture, error, words):
+    with pytest.raises(error, match=words):
+        images.read(picture)
+
+
+# ── Sizes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+def smooth(size: tuple[int, int]) -> Image.Image:
+    """Of middle colours, since Pillow clips between its two passes."""
+    small = np.random.default_rng(0).integers(64, 192, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(("size", "height", "width", "scaled", "expected"), [   # sizes are (width, height)
+    ((75, 70),   None, None, (75, 70),   (72, 64)),
+    ((72, 64),   None, None, (72, 64),   (72, 64)),
+    ((300, 100), 64,   64,   (192, 64),  (64, 64)),
+    ((300, 100), 32,   None, (96, 32),   (96, 32)),
+    ((100, 300), 32,   None, (11, 32),   (8, 32)),
+    ((300, 100), None, 64,   (64, 21),   (64, 16)),
+    ((40, 40),   80,   120,  (120, 120), (120, 80)),
+])
+def test_fit_scales_and_cuts_out_the_middle(size, height, width, scaled, expected):
+    picture = smooth(size)
+    found   = images.fit(images.read(picture), height, width, 8)
+    left, top = ((a - b) // 2 for a, b in zip(scaled, expected, strict=True))
+    judge   = picture.resize(scaled, Image.Resampling.BICUBIC)
+    judge   = judge.crop((left, top, left + expected[0], top + expected[1]))
+    same(found, np.asarray(judge) / 255, levels=1.1)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (90, 31), (16, 16)])
+def test_resize_is_pillows_bicubic(size):
+    picture = smooth((61, 47))
+    found   = images.resize(images.read(picture)[0][None], size)
+    same(found, np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)) / 255, levels=1.1)
+
+
+def test_resize_stays_within_black_and_white():
+    """Bicubic interpolation overshoots at an edge."""
+    edge = torch.zeros(1, 3, 8, 8)
+    edge[..., 4:] = 1
+    found = images.resize(edge, (24, 24))
+    assert (found.min(), found.max()) == (0, 1)
+
+
+def test_fit_refuses_different_sizes_and_tiny_pictures():
+    pictures = images.read([photo(16, 24), photo(24, 24)])
+    with pytest.raises(ValueError, match=r"here are 2 of \(width, height\) = \[\(16, 24\), \(24, 24\)\]"):
+        images.fit(pictures, None, None, 8)
+    assert images.fit(pictures, 16, 16, 8).shape == (2, 3, 16, 16)
+    with pytest.raises(ValueError, match="16 × 7 pixels is too small; it takes 8 × 8"):
+        images.fit(images.read(photo(16, 7)), None, None, 8)
+
+
+# ── Out ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_to_unit_maps_and_clips():
     x = torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0], dtype=torch.bfloat16)

@@ -17,9 +17,10 @@ MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "ldm").rglob("*.py")
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"sampling", "training"},
+    {"sampling", "training", "fast"},
     {"pipeline"},
-    {"guidance", "schedulers", "text"},
+    {"contracts"},
+    {"guidance", "inpainting", "schedulers", "text", "sizes"},
     {"denoiser"},
     {"noise_schedule"},
     {"noise", "weights", "images"},

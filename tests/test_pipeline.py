@@ -5,6 +5,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 import ldm
 
@@ -79,7 +80,6 @@ def test_a_scheduler_that_there_is_none_of_is_replaced_with_a_warning(copy):
     ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 4},   "down_block_types"),
     ("vae/config.json",  {"act_fn": "relu"},                              "act_fn = 'relu'"),
     ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"},     "beta_schedule = 'sigmoid'"),
-    ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"},    "Stable Diffusion XL"),
 ])
 def test_files_that_do_not_fit_are_named(copy, part, fields, words):
     edit(copy / part, **fields)
@@ -102,3 +102,50 @@ def test_the_same_picture_on_the_gpu(model):
     host, gpu = (ldm.sample("a cat", ldm.load(model, device=device, dtype="float32"), scheduler="euler_a",
                             steps=10, seed=3, output_type="pt").cpu() for device in ("cpu", "cuda"))
     assert (host - gpu).abs().max() < 1e-3
+
+
+# ── Numbers beyond float16 ──────────────────────────────────────────────────────────────────────────────────
+
+def times_in_file(path, factor, *names):
+    tensors = load_file(path)
+    save_file({name: tensor * (factor if name in names else 1) for name, tensor in tensors.items()}, path)
+
+
+@pytest.fixture
+def large(copy):
+    """A model whose autoencoder has activations near a million, as Stable Diffusion XL's has large ones."""
+    times_in_file(copy / "vae/diffusion_pytorch_model.safetensors", 2e5,
+                  "encoder.conv_in.weight", "decoder.conv_in.weight")
+    return copy
+
+
+def test_the_autoencoder_overflows_in_float16_and_therefore_is_not_in_it(large):
+    picture, z = torch.rand(1, 3, 32, 40) * 2 - 1, torch.randn(1, 4, 4, 5)
+    pipes = {dtype: ldm.load(large, device="cpu", dtype=dtype)
+             for dtype in ("float32", "float16", "bfloat16")}
+    with torch.inference_mode():
+        full = pipes["float32"].decode(z)
+        assert pipes["float32"].vae.decoder.conv_in(z / 0.18215).abs().max() > 1e6
+        assert full.std() > 0.01
+        torch.testing.assert_close(pipes["float16"].decode(z), full)
+        torch.testing.assert_close(pipes["bfloat16"].decode(z), full, rtol=0, atol=0.05)
+        torch.testing.assert_close(pipes["float16"].encode(picture), pipes["float32"].encode(picture))
+
+
+def test_an_overflow_is_an_error_that_names_the_remedy_and_not_a_black_picture(large):
+    edit(large / "vae/config.json", force_upcast=False)                 # a file that promises too much
+    pipe  = ldm.load(large, device="cpu", dtype="float16")
+    words = "autoencoder gave numbers that are not finite.*65504.*dtype='bfloat16' or 'float32'"
+    with torch.inference_mode():
+        with pytest.raises(FloatingPointError, match=words):
+            pipe.decode(torch.randn(1, 4, 4, 5))
+        with pytest.raises(FloatingPointError, match=words):
+            pipe.encode(torch.ones(1, 3, 32, 40))
+
+
+def test_an_overflow_in_the_unet_is_one_too(copy):
+    times_in_file(copy / "unet/diffusion_pytorch_model.safetensors", 2e5, "conv_in.weight")
+    arguments = {"steps": 2, "spacing": "trailing", "output_type": "latent"}
+    ldm.sample("a cat", ldm.load(copy, device="cpu", dtype="bfloat16"), **arguments)
+    with pytest.raises(FloatingPointError, match="U-Net gave numbers that are not finite"):
+        ldm.sample("a cat", ldm.load(copy, device="cpu", dtype="float16"), **arguments)

@@ -186,10 +186,19 @@ def test_any_multiple_of_eight_is_a_size(pipe):
     ({"sigmas": [1, 2], "steps": None, "spacing": None}, ValueError, "falling"),
     ({"timesteps": [1, 2], "steps": None, "spacing": None}, ValueError, "falling"),
     ({"output_type": "jpeg"},                    ValueError, "output_type is 'jpeg'"),
+    ({"handover": 0},                            ValueError, "handover is 0; it is the first model's part"),
+    ({"handover": 80},                           ValueError, "handover is 80"),
 ])
 def test_arguments_that_make_no_sense(pipe, arguments, error, words):
     with pytest.raises(error, match=words):
         pixels(**{"prompt": "a cat", "model": pipe, **arguments})
+
+
+def test_guidance_scale_zero_is_warned_of(pipe):
+    with pytest.warns(UserWarning, match="which the cards of some models call 0.0, is 1 here") as seen:
+        zero = pixels("a cat", pipe, negative_prompt="bad", guidance_scale=0)
+    assert seen[0].filename == __file__
+    np.testing.assert_allclose(zero, pixels("bad", pipe, guidance_scale=1), atol=1e-5)
 
 
 def test_few_steps_with_leading_spacing_are_warned_of(pipe):
