@@ -1,5 +1,6 @@
 """Sphinx: Markdown pages, and a reference made of the docstrings. Build: sphinx-build -W docs docs/_build"""
 import re
+import sys
 from pathlib import Path
 
 import ldm
@@ -9,8 +10,13 @@ author    = "the ldm authors"
 copyright = author
 release   = ldm.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
-exclude_patterns     = ["_build"]
+sys.path.insert(0, str(Path(__file__).parent))
+import annotated
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.mathjax",
+              "sphinx-mathjax-offline", "sphinx_copybutton"]
+exclude_patterns     = ["_build", "generated/*.md"]
+myst_enable_extensions = ["dollarmath"]
 autodoc_member_order = "bysource"
 myst_heading_anchors = 3
 
@@ -65,12 +71,14 @@ def front_page(app, docname, source):
     if docname != "index":
         return
     path   = Path(app.confdir).parent / "README.md"
-    readme = path.read_text("utf-8").replace("](docs/", "](")
-    readme = re.sub(r"(?<!!)\[([^]]+)\]\((?!\w+:|#)(?![^)/]*\.md\))[^)]*\)", r"\1", readme)
+    readme = path.read_text("utf-8")
+    readme = re.sub(r"(?<!!)\[([^]]+)\]\((?!\w+:|#|docs/[^)]*\.md)[^)]*\)", r"\1", readme)
+    readme = readme.replace("](docs/", "](")
     app.env.note_dependency(path)
     source[0] = readme + source[0]
 
 
 def setup(app):
+    app.connect("builder-inited", annotated.write_pages)
     app.connect("source-read", front_page)
     app.connect("autodoc-process-docstring", plain_docstring)

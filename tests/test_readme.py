@@ -2,6 +2,7 @@
 import re
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import PIL.Image
 import pytest
@@ -24,7 +25,17 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 def test_no_block_is_forgotten():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
+
+
+def test_the_sizes_of_both_libraries():
+    def lines(package) -> int:
+        files = Path(package.__file__).parent.rglob("*.py")
+        return sum(len(path.read_text("utf-8").splitlines()) for path in files)
+    ours, theirs, version = re.search(r"about ([\d,]+) lines \| ([\d,]+) lines \(([\d.]+)\)", README).groups()
+    assert lines(ldm) == pytest.approx(int(ours.replace(",", "")), rel=.05)
+    if diffusers.__version__ == version:
+        assert lines(diffusers) == pytest.approx(int(theirs.replace(",", "")), rel=.001)
 
 
 def test_sample_and_the_parts_make_the_same_picture():
@@ -35,6 +46,17 @@ def test_sample_and_the_parts_make_the_same_picture():
     assert short.shape == long.shape
     assert np.abs(short - long).max() <= 2                   # of 255 levels
     assert short.std() > 10
+
+
+def test_the_other_tasks_start_from_a_picture():
+    names: dict = {}
+    exec(block("image, = ldm.sample(\"a red circle on a blue background\")"), names)
+    exec(block("ldm.inpaint("), names)
+    before, star, heart = (np.asarray(names[name]).astype(int) for name in ("image", "star", "heart"))
+    assert np.abs(star - before).mean() > 1
+    kept = np.asarray(names["mask"]) == 0
+    assert np.abs(heart - before)[~kept].mean() > 1
+    assert np.array_equal(heart[kept], before[kept])
 
 
 def test_a_scheduler_of_ones_own():
