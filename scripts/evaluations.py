@@ -67,8 +67,8 @@ def end(states: Iterable[Tensor]) -> Tensor:
 
 
 def deterministic() -> list[tuple[str, str | None]]:
-    """Names and spacings. DDIM's η is 0 in the table, so it asks for noise and multiplies it by nothing."""
-    names = [name for name, row in SCHEDULERS.items() if not row.stochastic or name == "ddim"]
+    """Names and spacings. DDIM's η and Heun's churn are 0 here: they ask for noise and make nothing of it."""
+    names = [name for name, row in SCHEDULERS.items() if not row.stochastic or name in ("ddim", "heun")]
     return [(name, None) for name in names] + [(name, "karras") for name in names if SCHEDULERS[name].ramps]
 
 

@@ -122,7 +122,7 @@ def all_schedulers() -> None:
 
 def from_the_middle() -> None:
     """Image to image on Gaussian data: 20 steps, the error against the exact solution."""
-    print(f"{'from the middle':17s} {'error at strength 1 → .5 → .25':42s} {'ours':>28s}   {'diffusers':>28s}")
+    print(f"{'from the middle':17s} {'error at strength 1, .5, .25':42s} {'ours':>28s}   {'diffusers':>28s}")
     for name, row in SCHEDULERS.items():
         if not row.stochastic or name == "ddim":
             found = [errors(name, oracles.config_of(), 20, skip=skip) for skip in (0, 10, 15)]

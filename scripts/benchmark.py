@@ -1,0 +1,610 @@
+"""How fast, in how much memory, and how far from what the machine could do: ldm beside diffusers.
+
+    python scripts/benchmark.py --quick          on a CPU, some minutes: one step, one decode, a cold start
+    python scripts/benchmark.py                  the same with more rounds; loading, memory and scaling
+    python scripts/benchmark.py --device cuda    on a GPU: whole pictures of SD 1.5 and SDXL, batches, memory
+    python scripts/benchmark.py --tables         write the tables of docs/speed.md again, from the JSON files
+
+Both libraries get the same random weights of the published shapes, in one process, and take turns; shown is
+the median, and in brackets the fastest and the slowest. The ratio is the median of the ratios of each turn:
+above 1, ldm is faster. The floor is the counted floating-point operations at the measured rate of a large
+matrix product. On a CPU with --threads 1 the clock is the process's own, so a busy machine does less harm.
+
+Results are written to docs/benchmarks/NAME.json. Needs the extra `test`.
+"""
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+import torch.nn.functional as F
+from oracles import SD, SD_VAE, UNETS
+from peak import Peak
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import ldm
+from ldm import fast
+from ldm.models import VAE, UNet, UNetConfig, VAEConfig
+from ldm.models.layers import GEGLU, ResBlock
+from ldm.noise_schedule import NoiseSchedule
+from ldm.pipeline import Defaults
+
+RESULTS = ROOT / "docs" / "benchmarks"
+PAGE    = ROOT / "docs" / "speed.md"
+SIZES   = {"SD 1.5": 512, "SDXL base": 1024}                    # pixels
+
+
+# ── The machine ─────────────────────────────────────────────────────────────────────────────────────────────
+
+def machine(device: str, clock: str) -> dict[str, Any]:
+    import diffusers
+    import transformers
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu   = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "cpu": cpu,
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "clock": clock,
+            "python": platform.python_version(), "torch": torch.__version__, "ldm": ldm.__version__,
+            "diffusers": diffusers.__version__, "transformers": transformers.__version__,
+            "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+
+
+class Clock:
+    """Seconds of a call; on CUDA all of its kernels are waited for."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.own    = device == "cpu" and torch.get_num_threads() == 1
+        self.name   = "of the process" if self.own else "on the wall"
+
+    def __call__(self, function: Callable[[], Any]) -> float:
+        now = time.process_time if self.own else time.perf_counter
+        self.wait()
+        start = now()
+        function()
+        self.wait()
+        return now() - start
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def rates(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """A second, measured: floating-point operations of a matrix product, bytes read and written by a copy."""
+    side  = 8192 if clock.device == "cuda" else 2048
+    a, b  = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
+    large = torch.randn(2**28 if clock.device == "cuda" else 2**26, device=clock.device)
+    other = torch.empty_like(large)
+    def best(function: Callable[[], Any]) -> float:
+        return min(clock(function) for _ in range(6))
+    return {"flops": 2 * side**3 / best(lambda: a @ b),
+            "bytes": 2 * large.numel() * large.element_size() / best(lambda: other.copy_(large))}
+
+
+# ── Counting ────────────────────────────────────────────────────────────────────────────────────────────────
+
+def unet_inputs(family: str, batch: int, device: str, dtype: torch.dtype, pixels: int = 0) -> tuple[Any, ...]:
+    """x, t, context and vector of a call with guidance: two of each picture."""
+    config, side = UNetConfig.from_hf(UNETS[family]), (pixels or SIZES[family]) // 8
+    def random(*shape: int) -> Tensor:
+        return torch.randn(2 * batch, *shape, device=device, dtype=dtype)
+    return (random(config.in_channels, side, side), torch.tensor(500.0, device=device),
+            random(77, config.context_dim), random(config.vector_dim) if config.vector_dim else None)
+
+
+def counts() -> dict[str, dict[str, float]]:
+    """Floating-point operations and parameters, counted on the meta device, where nothing is computed."""
+    found: dict[str, dict[str, float]] = {}
+
+    def count(name: str, module: nn.Module, call: Callable[[], Any]) -> None:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        found[name] = {"flops": float(counter.get_total_flops()),
+                       "parameters": sum(weight.numel() for weight in module.parameters())}
+    with torch.device("meta"), torch.no_grad():
+        for family in SIZES:
+            unet   = UNet(UNetConfig.from_hf(UNETS[family]))
+            inputs = unet_inputs(family, 1, "meta", torch.float32)
+            count(f"{family}, one call with guidance", unet, lambda unet=unet, inputs=inputs: unet(*inputs))
+        for size in (512, 1024):
+            vae = VAE(VAEConfig.from_hf(SD_VAE))
+            z   = torch.randn(1, 4, size // 8, size // 8)
+            count(f"decode, {size} × {size}", vae.decoder, lambda vae=vae, z=z: vae.decode(z))
+    return found
+
+
+# ── Modules with the same random weights ────────────────────────────────────────────────────────────────────
+
+def filled(build: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> nn.Module:
+    """A module with weights: one block of random numbers, repeated. Matrices keep the variance."""
+    with torch.device("meta"):
+        module = build()
+    block = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    for name, old in list(module.named_parameters()):
+        size   = old.numel()
+        tensor = block.repeat(-(-size // len(block)))[:size].view(old.shape).clone()
+        tensor = (tensor * (size / len(old)) ** -0.5 if old.ndim > 1 else
+                  0.02 * tensor + (not name.endswith("bias")))
+        owner, _, last = name.rpartition(".")
+        setattr(module.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))
+    return module.eval()
+
+
+def twin(build: Callable[[], nn.Module], module: nn.Module) -> nn.Module:
+    """diffusers' module over the very same tensors."""
+    with torch.device("meta"):
+        theirs = build()
+    theirs.load_state_dict(module.state_dict(), assign=True)
+    return theirs.requires_grad_(False).eval()
+
+
+def unets(family: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    import diffusers
+    config = UNETS[family]
+    ours   = filled(lambda: UNet(UNetConfig.from_hf(config)), device, dtype)
+    return ours, twin(lambda: diffusers.UNet2DConditionModel.from_config(config), ours)
+
+
+def vaes(device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    import diffusers
+    ours = filled(lambda: VAE(VAEConfig.from_hf(SD_VAE)), device, dtype)
+    return ours, twin(lambda: diffusers.AutoencoderKL.from_config(SD_VAE), ours)
+
+
+# ── Taking turns ────────────────────────────────────────────────────────────────────────────────────────────
+
+def turns(clock: Clock, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, in rounds of one each, after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for i in range(-1, rounds):
+            for name, call in calls.items():
+                spent = clock(call)
+                if i >= 0:
+                    seconds[name].append(spent)
+    return seconds
+
+
+def row(what: str, seconds: dict[str, list[float]], *, flops: float = 0, peak_flops: float = 0,
+        steps: int = 1, pictures: int = 1, memory: dict[str, int] | None = None) -> dict[str, Any]:
+    """What was measured, and what follows for each contestant. Prints it."""
+    result: dict[str, Any] = {"what": what, "contestants": {}}
+    rivals = seconds.get("diffusers")
+    for name, each in seconds.items():
+        median = statistics.median(each)
+        one: dict[str, Any] = {"seconds": median, "fastest": min(each), "slowest": max(each),
+                               "rounds": len(each), "it_per_s": steps / median,
+                               "pictures_per_s": pictures / median}
+        if flops and peak_flops:
+            one["of_floor"] = flops / peak_flops / median
+        if rivals:
+            one["ratio"] = statistics.median(b / a for a, b in zip(each, rivals, strict=True))
+        if memory:
+            one["peak_bytes"] = memory[name]
+        result["contestants"][name] = one
+        print(f"{what:34s} {name:22s} {median:9.3f} s [{min(each):.3f} … {max(each):.3f}]"
+              + (f"  × {one['ratio']:.3f}" if "ratio" in one else "")
+              + (f"  {100 * one['of_floor']:.0f} % of the floor" if "of_floor" in one else ""), flush=True)
+    return result
+
+
+def one_step(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: float) -> dict[str, Any]:
+    ours, theirs = unets("SD 1.5", clock.device, dtype)
+    x, t, context, _ = unet_inputs("SD 1.5", 1, clock.device, dtype)
+    quick = fast.prompt_once(fast.packed(fast.in_place(ours)))
+    return row("SD 1.5, 512², one guided step", turns(clock, {
+        "diffusers": lambda: theirs(x, t, context).sample,
+        "ldm":       lambda: ours(x, t, context),
+        "ldm.fast":  lambda: quick(x, t, context)}, rounds), flops=flops, peak_flops=peak)
+
+
+def one_decode(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: float) -> dict[str, Any]:
+    ours, theirs = vaes(clock.device, dtype)
+    z = torch.randn(1, 4, 64, 64, device=clock.device, dtype=dtype)
+    quick, tiled = fast.in_place(ours), fast.tiled(ours)
+    return row("decode, 512²", turns(clock, {
+        "diffusers":  lambda: theirs.decode(z / theirs.config.scaling_factor).sample,
+        "ldm":        lambda: ours.decode(z),
+        "ldm.fast":   lambda: quick.decode(z),
+        "fast.tiled": lambda: tiled.decode(z)}, rounds), flops=flops, peak_flops=peak)
+
+
+# ── One change at a time ────────────────────────────────────────────────────────────────────────────────────
+
+def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
+    """Blocks of SD 1.5 at 512², two pictures, before and after a change; some that fast.py leaves out."""
+    found: list[dict[str, Any]] = []
+
+    def compare(what: str, kept: bool, before: Callable[[], Any], after: Callable[[], Any]) -> None:
+        seconds = turns(clock, {"before": before, "after": after}, rounds)
+        before_, after_ = seconds["before"], seconds["after"]
+        ratio = statistics.median(b / a for b, a in zip(before_, after_, strict=True))
+        found.append({"what": what, "kept": kept, "before": statistics.median(before_),
+                      "after": statistics.median(after_), "ratio": ratio})
+        print(f"{what:64s} × {ratio:.2f} {'' if kept else '(left out)'}", flush=True)
+
+    def residual(width: int, side: int) -> None:
+        block  = ResBlock(width, width, 1280, 32, 1e-5)
+        lean   = fast.in_place(nn.Sequential(block))[0]
+        convs  = block.conv1, block.conv2
+        pack   = fast.rebuilt(block, lambda part: fast._PackedConv(part) if part in convs else None)
+        x, e   = torch.randn(2, width, side, side), torch.randn(2, 1280)
+        conv   = deepcopy(block.conv1).to(memory_format=torch.channels_last)
+        y, at  = x.contiguous(memory_format=torch.channels_last), f"{width} channels, {side} × {side}"
+        wide   = block.conv1.weight.numel() >= fast.WIDE
+        compare(f"packed: ResBlock, {at}", wide, lambda: block(x, e), lambda: pack(x, e))
+        compare(f"in_place: ResBlock, {at}", True, lambda: block(x, e), lambda: lean(x, e))
+        compare(f"channels last: convolution, {at}", False, lambda: block.conv1(x), lambda: conv(y))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(y.unflatten(-1, (8, -1)).transpose(1, 2) for y in (q, k, v)))
+
+    def transformer(width: int, side: int) -> None:
+        tokens, at = torch.randn(2, side * side, width), f"{width} channels, {side} × {side}"
+        gates,   q = GEGLU(width, 4 * width), torch.randn(3, width, width) / width**0.5
+        lean       = fast.in_place(nn.Sequential(gates))[0]
+        compare(f"in_place: GEGLU, {at}", True, lambda: gates(tokens), lambda: lean(tokens))
+        compare(f"Q, K and V in one product: self-attention, {at}", False,
+                lambda: attention(*(F.linear(tokens, one) for one in q)),
+                lambda: attention(*F.linear(tokens, q.flatten(0, 1)).chunk(3, dim=-1)))
+
+    for width, side in ((320, 64), (640, 32), (1280, 16), (1280, 8)):
+        residual(width, side)
+    for width, side in ((320, 64), (640, 32), (1280, 16)):
+        transformer(width, side)
+    return found
+
+
+# ── Cold processes ──────────────────────────────────────────────────────────────────────────────────────────
+
+FIRST_PICTURE = """
+import sys, time
+start = time.perf_counter()
+import ldm
+pipe = ldm.load(device='cpu')
+ldm.sample("a red circle on a blue background", pipe)
+first = time.perf_counter() - start
+start = time.perf_counter()
+ldm.sample("a red circle on a blue background", pipe)
+print(first, time.perf_counter() - start)
+"""
+LOADERS = {"ldm":       "ldm.load({folder!r}, device='cpu')",
+           "diffusers": "diffusers.StableDiffusionPipeline.from_pretrained({folder!r}, safety_checker=None)"}
+MEASURED = """
+import resource, time
+import torch, transformers, {library}
+start = time.perf_counter()
+kept = [{call}]
+seconds = time.perf_counter() - start
+print(seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def run(code: str) -> list[float]:
+    """The numbers that a fresh Python prints in its last line."""
+    threads = str(torch.get_num_threads())
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads})
+    return [float(word) for word in done.stdout.split("\n")[-2].split()]
+
+
+def cold(rounds: int) -> list[dict[str, Any]]:
+    timed   = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+    heavy   = "import torch; from transformers import CLIPTextModel, CLIPTokenizer"
+    runs    = [(run(timed.format("import ldm"))[0], run(timed.format(heavy))[0], *run(FIRST_PICTURE))
+               for _ in range(rounds)]
+    imports = row("import", {"ldm":                      [one[0] for one in runs],
+                             "torch, CLIP's two classes": [one[1] for one in runs]})
+    first   = row("first picture, embedded model", {
+        "from a cold process": [one[2] for one in runs],
+        "the imports and a second picture": [one[1] + one[3] for one in runs]})
+    first["ratio"] = statistics.median(one[2] / (one[1] + one[3]) for one in runs)
+    print(f"first picture / (imports + second picture) = {first['ratio']:.3f}")
+    return [imports, first]
+
+
+def loading(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Stable Diffusion 1.5 from files into memory, after the imports: time, and peak beyond theirs."""
+    if not (folder / "model_index.json").exists():
+        import full_size
+        full_size.write(folder)
+    weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    found: dict[str, list[list[float]]] = {name: [] for name in LOADERS}
+    for _ in range(rounds):
+        for name, call in LOADERS.items():
+            found[name].append(run(MEASURED.format(library=name, call=call.format(folder=str(folder)))))
+    bare   = {name: run(MEASURED.format(library=name, call="None"))[1] for name in LOADERS}
+    result = row("load SD 1.5, float32", {name: [one[0] for one in each] for name, each in found.items()},
+                 memory={name: int(max(one[1] for one in each) - bare[name]) for name, each in found.items()})
+    for name, one in result["contestants"].items():
+        one["of_weights"] = one["peak_bytes"] / weights
+        print(f"{name}: peak {one['of_weights']:.3f} of the weights")
+    return [result]
+
+
+# ── Memory ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+def decode_memory(device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The most memory that the tensors of a decode take at one time, besides the weights.
+
+    On a GPU as its allocator counts; on a CPU with tensors that have sizes but no numbers, result by result.
+    """
+    import diffusers
+    results = []
+    with FakeTensorMode() if device == "cpu" else nullcontext(), torch.device(device), torch.no_grad():
+        ours, theirs = VAE(VAEConfig.from_hf(SD_VAE)), diffusers.AutoencoderKL.from_config(SD_VAE)
+        if dtype != torch.float32:
+            ours, theirs = ours.to(dtype), theirs.to(dtype)
+        calls  = {"diffusers": theirs.decode, "ldm": ours.decode, "fast.tiled": fast.tiled(ours).decode}
+        if device == "cuda":
+            calls["fast.tiled, store='cpu'"] = fast.tiled(ours, store="cpu").decode
+        for size in sizes:
+            z     = torch.zeros(1, 4, size // 8, size // 8, dtype=dtype)
+            found = {name: _peak(device, call, z) for name, call in calls.items()}
+            results.append({"what": f"decode, {size}², {str(dtype).removeprefix('torch.')}", "bytes": found})
+            print(f"{results[-1]['what']:34s}", {name: f"{x / 1e9:.2f} GB" for name, x in found.items()})
+    return results
+
+
+def _peak(device: str, call: Callable[[Tensor], Any], z: Tensor) -> int:
+    if device == "cpu":
+        with Peak() as peak:
+            call(z)
+        return peak.bytes
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(z)
+    return torch.cuda.max_memory_allocated() - before
+
+
+# ── Scaling ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+def scaling(clock: Clock, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Time of the whole run over batch, size and steps, one at a time; on a CPU with the embedded model."""
+    gpu  = clock.device == "cuda"
+    pipe = (stand_in("SD 1.5", unets("SD 1.5", "cuda", dtype)[0], vaes("cuda", dtype)[0]) if gpu else
+            ldm.load(device="cpu"))
+    base = {"num_images": 1, "height": pipe.defaults.height, "steps": 10}
+    grid = {"num_images": (1, 2, 4, 8, 16, 32), "steps": (10, 20, 50, 100),
+            "height": (256, 512, 1024, 2048) if gpu else (64, 128, 256, 512)}
+    results = []
+    for name, values in grid.items():
+        points = []
+        for value in values:
+            how = {**base, name: value}
+            def call(how: dict[str, Any] = how) -> Any:
+                return ldm.sample("a red circle", pipe, **how, width=how["height"], output_type="latent",
+                                  progress=False)
+            points.append([value, statistics.median(turns(clock, {"ldm": call}, 3)["ldm"])])
+        logs  = [(torch.tensor(float(a)).log2(), torch.tensor(b).log2()) for a, b in points]
+        slope = [float((q[1] - p[1]) / (q[0] - p[0])) for p, q in zip(logs, logs[1:], strict=False)]
+        print(f"scaling over {name}: {points}, exponents {[round(s, 2) for s in slope]}", flush=True)
+        results.append({"over": name, "points": points, "exponents": slope})
+    return results
+
+
+# ── Whole pictures on a GPU ─────────────────────────────────────────────────────────────────────────────────
+
+def stand_in(family: str, unet: Any, vae: Any) -> ldm.Pipeline:
+    """A pipeline whose text encoder answers with fixed random states."""
+    config  = UNetConfig.from_hf(UNETS[family])
+    weight  = next(unet.parameters())
+    context = torch.randn(1, 77, config.context_dim, device=weight.device, dtype=weight.dtype)
+    pooled  = torch.randn(1, 1280, device=weight.device, dtype=weight.dtype)
+
+    def text(prompts: Any) -> ldm.Conditioning:
+        count = len(prompts)
+        return ldm.Conditioning(context.expand(count, -1, -1),
+                                pooled.expand(count, -1) if config.vector_dim else None)
+    return ldm.Pipeline(text, unet, vae, NoiseSchedule.from_hf(SD), scheduler_config=SD, defaults=Defaults(
+        scheduler="pndm" if family == "SD 1.5" else "euler", height=SIZES[family], width=SIZES[family]))
+
+
+def their_pipeline(family: str, unet: nn.Module, vae: nn.Module) -> Any:
+    import diffusers
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    if family == "SD 1.5":
+        scheduler = diffusers.PNDMScheduler.from_config({**SD, "skip_prk_steps": True})
+        pipe = diffusers.StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler,
+                                                 requires_safety_checker=False, **parts)
+    else:
+        del parts["safety_checker"]
+        scheduler = diffusers.EulerDiscreteScheduler.from_config({**SD, "timestep_spacing": "leading"})
+        pipe = diffusers.StableDiffusionXLPipeline(
+            vae=vae, unet=unet, scheduler=scheduler, add_watermarker=False, text_encoder_2=None,
+            tokenizer_2=None, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def gpu_pictures(family: str, clock: Clock, dtype: torch.dtype, batch: int, steps: int, rounds: int,
+                 flops: float, peak_flops: float) -> dict[str, Any]:
+    """Text states to pixels; diffusers eager and as its documentation compiles it."""
+    unet, their_unet = unets(family, "cuda", dtype)
+    vae, their_vae   = vaes("cuda", dtype)
+    pipe   = stand_in(family, unet, vae)
+    cond   = pipe.text([""] * batch)
+    states = {"prompt_embeds": cond.context, "negative_prompt_embeds": cond.context}
+    if cond.vector is not None:
+        states |= {"pooled_prompt_embeds": cond.vector, "negative_pooled_prompt_embeds": cond.vector}
+
+    def ours(pipe: ldm.Pipeline) -> Callable[[], Any]:
+        return lambda: ldm.sample(["x"] * batch, pipe, steps=steps, output_type="pt", progress=False)
+
+    def theirs(pipe: Any) -> Callable[[], Any]:
+        return lambda: pipe(**states, num_inference_steps=steps, output_type="pt")
+    compiled = their_pipeline(family, deepcopy(their_unet), deepcopy(their_vae))      # changed in place below
+    compiled.unet.to(memory_format=torch.channels_last)
+    compiled.vae.to(memory_format=torch.channels_last)
+    compiled.unet       = torch.compile(compiled.unet, mode="max-autotune", fullgraph=True)
+    compiled.vae.decode = torch.compile(compiled.vae.decode, mode="max-autotune", fullgraph=True)
+    calls = {"diffusers": theirs(their_pipeline(family, their_unet, their_vae)), "ldm": ours(pipe),
+             "diffusers compiled": theirs(compiled), "ldm.fast": ours(fast.optimize(pipe)),
+             "ldm.fast compiled": ours(fast.optimize(pipe, compile=True))}
+    seconds, memory = {}, {}
+    for name, call in calls.items():                # the first calls compile and record
+        with torch.inference_mode():
+            call()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        seconds[name] = turns(clock, {name: call}, 1)[name]
+        memory[name]  = torch.cuda.max_memory_allocated()
+    seconds = turns(clock, calls, rounds)
+    decode  = counts()[f"decode, {SIZES[family]} × {SIZES[family]}"]["flops"]
+    calls_of_unet = steps + (family == "SD 1.5")    # PNDM makes one more
+    return row(f"{family}, {SIZES[family]}², {steps} steps, batch {batch}", seconds, steps=steps,
+               pictures=batch, flops=batch * (calls_of_unet * flops + decode), peak_flops=peak_flops,
+               memory=memory)
+
+
+# ── Tables ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+def tables(result: dict[str, Any]) -> str:
+    """A result as Markdown."""
+    m     = result["machine"]
+    lines = [f"{m['device']}, {m['threads']} CPU threads, PyTorch {m['torch']}, diffusers {m['diffusers']}, "
+             f"{m['date']}; clock {m['clock']}. {result['dtype']}; measured: "
+             f"{result['rates']['flops'] / 1e12:.3g} TFLOP/s in a matrix product, "
+             f"{result['rates']['bytes'] / 1e9:.3g} GB/s in a copy.", "",
+             "| | | seconds (fastest … slowest) | it/s | pictures/s | of the floor | against diffusers | "
+             "peak memory |",
+             "|---|---|---|---|---|---|---|---|"]
+    for one in result["rows"]:
+        for name, found in one["contestants"].items():
+            share  = f"{100 * found['of_floor']:.0f} %" if "of_floor" in found else ""
+            ratio  = f"× {found['ratio']:.2f}" if "ratio" in found else ""
+            memory = f"{found['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in found else ""
+            made   = f"{found['pictures_per_s']:.3g}" if "steps" in one["what"] else ""
+            speed  = f"{found['it_per_s']:.3g}" if "step" in one["what"] else ""
+            lines.append(f"| {one['what']} | {name} | {found['seconds']:.3g} ({found['fastest']:.3g} … "
+                         f"{found['slowest']:.3g}) | {speed} | {made} | {share} | {ratio} | {memory} |")
+    if result.get("changes"):
+        lines += ["", "| change | before | after | gain | |", "|---|---|---|---|---|"]
+        for one in result["changes"]:
+            lines.append(f"| {one['what']} | {1e3 * one['before']:.3g} ms | {1e3 * one['after']:.3g} ms | "
+                         f"× {one['ratio']:.2f} | {'' if one['kept'] else 'left out'} |")
+    if result.get("memory"):
+        names = list(result["memory"][0]["bytes"])
+        lines += ["", "| memory of tensors besides the weights | " + " | ".join(names) + " |",
+                  "|---|" + "---|" * len(names)]
+        for one in result["memory"]:
+            sizes = " | ".join(f"{size / 1e9:.2f} GB" for size in one["bytes"].values())
+            lines.append(f"| {one['what']} | {sizes} |")
+    if result.get("scaling"):
+        lines += ["", "| scaling over | seconds at each value | exponents between |", "|---|---|---|"]
+        for one in result["scaling"]:
+            points    = ", ".join(f"{at}: {seconds:.3g}" for at, seconds in one["points"])
+            exponents = ", ".join(f"{slope:.2f}" for slope in one["exponents"])
+            lines.append(f"| {one['over']} | {points} | {exponents} |")
+    return "\n".join(lines)
+
+
+def counted_table(found: dict[str, dict[str, float]]) -> str:
+    lines = ["| counted | TFLOP | parameters |", "|---|---|---|"]
+    lines += [f"| {name} | {one['flops'] / 1e12:.2f} | {one['parameters'] / 1e6:.0f} M |"
+              for name, one in found.items()]
+    return "\n".join(lines)
+
+
+def evaluations_table(result: dict[str, Any]) -> str:
+    """What scripts/evaluations.py found."""
+    lines = ["![RMS error of the latents over evaluations of the network, for each scheduler]"
+             "(images/evaluations.png)", "",
+             "| | RMS error of the latents | seconds a picture | pairs drawn as asked |", "|---|---|---|---|"]
+    lines += [f"| {one['way']} | {one['error']:.4f} | {one['seconds']:.3f} | {one['right']} of {one['of']} |"
+              for one in result["savings"]]
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """docs/speed.md with all tables between marks made again from their JSON; one without says so."""
+    parts = text.split("<!-- table ")
+    for i, part in enumerate(parts[1:], start=1):
+        name, rest = part.split(" -->", 1)
+        _, after   = rest.split("<!-- end -->", 1)
+        file = RESULTS / f"{name}.json"
+        if name == "counted":
+            table = counted_table(counts())
+        elif file.exists():
+            found = json.loads(file.read_text("utf-8"))
+            table = evaluations_table(found) if name == "evaluations" else tables(found)
+        else:
+            table = "*Not measured yet; the command above fills this table.*"
+        parts[i] = f"{name} -->\n{table}\n<!-- end -->{after}"
+    return "<!-- table ".join(parts)
+
+
+# ── Command line ────────────────────────────────────────────────────────────────────────────────────────────
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--name", help="of the JSON file (default: cpu-quick, cpu or cuda)")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ldm-random-sd15",
+                        help="where the random model for the loading test lies, or is written (4.3 GB)")
+    args = parser.parse_args()
+    if args.tables:
+        PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")
+        return 0
+    torch.set_num_threads(args.threads)
+    clock   = Clock(args.device)
+    dtype   = torch.float16 if args.device == "cuda" else torch.float32
+    counted = counts()
+    result: dict[str, Any] = {"machine": machine(args.device, clock.name),
+                              "dtype": str(dtype).removeprefix("torch."), "counted": counted,
+                              "rates": rates(clock, dtype), "rows": []}
+    print(json.dumps({key: result[key] for key in ("machine", "counted", "rates")}, indent=2), flush=True)
+    rows, flops = result["rows"], result["rates"]["flops"]
+    step = counted["SD 1.5, one call with guidance"]["flops"]
+    if args.device == "cuda":
+        for batch in (1, 4, 16):
+            rows.append(gpu_pictures("SD 1.5", clock, dtype, batch, 50, 5, step, flops))
+        rows.append(gpu_pictures("SDXL base", clock, dtype, 1, 30, 5,
+                                 counted["SDXL base, one call with guidance"]["flops"], flops))
+        rows.append(one_decode(clock, dtype, 20, flops, counted["decode, 512 × 512"]["flops"]))
+        result["memory"]  = decode_memory("cuda", dtype, (512, 1024, 2048))
+        result["scaling"] = scaling(clock, dtype)
+    else:
+        result["changes"] = changes(clock, 3 if args.quick else 9)
+        rows.append(one_step(clock, dtype, 3 if args.quick else 7, flops, step))
+        rows.append(one_decode(clock, dtype, 2 if args.quick else 5, flops,
+                               counted["decode, 512 × 512"]["flops"]))
+        result["memory"] = decode_memory("cpu", dtype, (512, 1024, 2048))
+        if not args.quick:
+            result["scaling"] = scaling(clock, dtype)
+            rows.extend(loading(args.folder, 3))
+    rows.extend(cold(2 if args.quick else 5))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    name = args.name or (args.device + ("-quick" if args.quick else ""))
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(f"written: {RESULTS / f'{name}.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

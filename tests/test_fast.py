@@ -1,0 +1,341 @@
+"""What fast.py makes gives what it was made from gives, to rounding; the judge is diffusers."""
+import gc
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from oracles import TINY_UNETS, TINY_VAES, relative, unet_inputs, unet_pair, vae_pair
+from peak import Peak
+from tiny import their_pictures, write
+from torch import nn
+
+import ldm
+from ldm import fast
+from ldm.models.layers import ResBlock, TransformerBlock
+
+DTYPES = [pytest.param(torch.float64, 1e-10, id="float64"), pytest.param(torch.float32, 1e-5, id="float32")]
+EXACT  = {"prompt_once": fast.prompt_once, "in_place": fast.in_place, "packed": fast.packed,
+          "channels_last": fast._channels_last}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def pipe(folder):
+    return ldm.load(folder, device="cpu")
+
+
+@pytest.fixture
+def pack_all(monkeypatch):
+    """Tiny convolutions are packed too."""
+    monkeypatch.setattr(fast, "WIDE", 1)
+
+
+def inputs(config: dict, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
+    return unet_inputs(config, dtype, (8, 16))
+
+
+# ── Trees ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_rebuilt_and_replaced_share_tensors_and_leave_the_old_tree_alone():
+    old = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.SiLU()))
+    new = fast.rebuilt(old, lambda part: nn.ReLU() if isinstance(part, nn.SiLU) else None)
+    assert isinstance(new[1][1], nn.ReLU)
+    assert isinstance(old[1][1], nn.SiLU)
+    assert all(a is b for a, b in zip(old.parameters(), new.parameters(), strict=True))
+    new = fast.replaced(old, "1.0", nn.Identity())
+    assert isinstance(new[1][0], nn.Identity)
+    assert isinstance(old[1][0], nn.Linear)
+    assert new[0] is old[0]
+
+
+# ── U-Net ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", TINY_UNETS)
+def test_a_faster_unet_equals_diffusers(family, pack_all):
+    theirs, ours = unet_pair(TINY_UNETS[family], torch.float32)
+    before = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
+    their_inputs, our_inputs = inputs(TINY_UNETS[family])
+    wanted = theirs(**their_inputs).sample
+    for name, function in EXACT.items():
+        quick = function(ours)
+        for _ in range(2):                                              # the second call has its memory
+            assert relative(quick(**our_inputs), wanted) < 1e-5, name
+        assert relative(ours(**our_inputs), wanted) < 1e-5, f"{name} changed its argument"
+    assert all(torch.equal(before[key], tensor) for key, tensor in ours.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [320, 1280])
+def test_the_blocks_of_sd15_at_their_own_width(width):
+    torch.manual_seed(0)
+    resnet      = nn.Sequential(ResBlock(width, width, None, 32, 1e-5))
+    transformer = nn.Sequential(TransformerBlock(width, 768, 8))
+    x, tokens, context = torch.randn(1, width, 4, 4), torch.randn(1, 16, width), torch.randn(1, 77, 768)
+    quick = fast.packed(fast.in_place(resnet))
+    assert isinstance(quick[0].conv1, fast._PackedConv) == (width == 1280)
+    assert relative(quick(x), resnet(x)) < 1e-5
+    assert relative(fast.in_place(transformer)[0](tokens, context), transformer[0](tokens, context)) < 1e-6
+
+
+def test_the_prompt_is_projected_once():
+    _, unet = unet_pair(TINY_UNETS["SD 1.5"], torch.float32)
+    once, given = fast.prompt_once(unet), inputs(TINY_UNETS["SD 1.5"])[1]
+    calls = []
+    for layer in once.questions:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    count = len(once.questions)
+    assert count == 2 * sum(isinstance(part, TransformerBlock) for part in unet.modules())
+    with torch.no_grad():
+        for _ in range(3):
+            once(**given)
+        assert len(calls) == count
+        other = {**given, "context": given["context"].flip(0)}
+        once(**other)                                               # two in turn: both are remembered
+        once(**given)
+        assert len(calls) == 2 * count
+        given["context"].mul_(2)
+        changed = once(**given)
+        assert len(calls) == 3 * count
+        assert relative(changed, unet(**given)) < 1e-6
+        next(iter(once.questions)).weight.mul_(2)                   # as after the merge of an adapter
+        assert relative(once(**given), unet(**given)) < 1e-6
+    with torch.inference_mode():
+        once(**given)
+    given["x"].requires_grad_()
+    once(**given).sum().backward()                                  # nothing of the inference mode is in it
+    assert given["x"].grad is not None
+
+
+def test_a_prompt_is_forgotten_with_its_context():
+    _, unet = unet_pair(TINY_UNETS["SD 1.5"], torch.float32)
+    once, given = fast.prompt_once(unet), inputs(TINY_UNETS["SD 1.5"])[1]
+    with torch.inference_mode():
+        once(**given)
+    assert len(once.known) == 1
+    del given
+    gc.collect()
+    assert len(once.known) == 0
+
+
+@pytest.mark.parametrize("name", ["prompt_once", "in_place", "channels_last"])
+def test_gradients_are_the_same_as_often_as_wanted(name):
+    _, unet = unet_pair(TINY_UNETS["SD 1.5"], torch.float64)
+    quick, given = EXACT[name](unet), inputs(TINY_UNETS["SD 1.5"], torch.float64)[1]
+    wanted_for   = [given["x"].requires_grad_(), given["context"].requires_grad_(), *unet.parameters()]
+    wanted = torch.autograd.grad(unet(**given).square().sum(), wanted_for)
+    if name == "channels_last":                                     # it has parameters of its own
+        wanted_for[2:] = quick.parameters()
+    for _ in range(2):
+        found = torch.autograd.grad(quick(**given).square().sum(), wanted_for)
+        assert max(map(relative, found, wanted)) < 1e-10
+
+
+def test_what_gives_no_gradients_says_so(pack_all):
+    _, unet = unet_pair(TINY_UNETS["SD 1.5"], torch.float32)
+    given = inputs(TINY_UNETS["SD 1.5"])[1]
+    given["x"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"fast\.packed"):
+        fast.packed(unet)(**given)
+    _, vae = vae_pair(TINY_VAES["SD 1.5"], torch.float32)
+    for call, shape in ((fast.tiled(vae).encode, (1, 3, 16, 16)), (fast.tiled(vae).decode, (1, 4, 2, 2))):
+        with pytest.raises(RuntimeError, match=r"fast\.tiled"):
+            call(torch.zeros(shape, requires_grad=True))
+
+
+# ── Fewer evaluations ───────────────────────────────────────────────────────────────────────────────────────
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["SD 1.5", "SD 1.5 LCM", "SDXL base"])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_deep_cache_renews_the_outermost_layers_only(family, layers):
+    config = TINY_UNETS[family]
+    theirs, ours = unet_pair(config, torch.float64)
+    their_inputs, given = inputs(config, torch.float64)
+    wanted = theirs(**their_inputs).sample
+    cached = fast.deep_cache(ours, every=3, layers=layers)
+    deep, outer = [], []
+    ours.mid_block.resnets[0].register_forward_hook(lambda *_: deep.append(1))
+    ours.conv_in.register_forward_hook(lambda *_: outer.append(1))
+    found = [cached(**given) for _ in range(4)]                 # as nothing changes, what is old is right
+    assert max(relative(one, wanted) for one in found) < 1e-10
+    assert (len(deep), len(outer)) == (2, 4)
+    nearby = {**given, "x": given["x"] + 0.01}
+    change = (ours(**nearby) - wanted).abs().max()
+    error  = (cached(**nearby) - ours(**nearby)).abs().max()
+    assert 0 < error < change
+
+
+@torch.no_grad()
+def test_deep_cache_knows_runs_and_contexts_apart():
+    _, ours = unet_pair(TINY_UNETS["SD 1.5"], torch.float64)
+    given   = inputs(TINY_UNETS["SD 1.5"], torch.float64)[1]
+    cached  = fast.deep_cache(ours, every=5)
+    other   = {**given, "context": given["context"].flip(0)}
+    for one in (given, other, given, other):
+        assert relative(cached(**one), ours(**one)) < 1e-10
+    again = {**given, "x": given["x"].flip(0), "t": given["t"] + 100}       # noisier than the last: a new run
+    assert relative(cached(**again), ours(**again)) < 1e-10
+    wide  = {**given, "x": given["x"].flip(0).repeat(1, 1, 1, 2)}
+    assert relative(cached(**wide), ours(**wide)) < 1e-10
+    assert relative(fast.deep_cache(ours, every=1)(**wide), ours(**wide)) < 1e-10
+    with pytest.raises(ValueError, match="layers from 0 to the 2"):
+        fast.deep_cache(ours, layers=3)
+
+
+# ── Autoencoder ─────────────────────────────────────────────────────────────────────────────────────────────
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("family", TINY_VAES)
+def test_strips_leave_no_trace(family, dtype, tolerance):
+    """Against diffusers' whole picture, whose upper half is dark and whose lower one is bright noise."""
+    theirs, ours = vae_pair(TINY_VAES[family], dtype)
+    factor, shift = theirs.config.scaling_factor, theirs.config.shift_factor or 0
+    generator = torch.Generator().manual_seed(0)
+    pictures  = torch.rand(2, 3, 40, 24, generator=generator, dtype=torch.float64).to(dtype)
+    shape     = (2, ours.config.latent_channels, 5, 3)
+    latents   = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    pictures[:, :, :20] = -1
+    latents[:, :, :2]   = -3
+    posterior = theirs.encode(pictures).latent_dist
+    decoded   = theirs.decode(latents / factor + shift).sample
+    for rows in (1, 3, 8, 1000):
+        tiled     = fast.tiled(ours, rows)
+        mean, std = tiled.encode(pictures)
+        assert relative(mean, (posterior.mean - shift) * factor) < tolerance, rows
+        assert relative(std, posterior.std * factor) < tolerance, rows
+        assert relative(tiled.decode(latents), decoded) < tolerance, rows
+    assert relative(ours.decode(latents), decoded) < tolerance
+
+
+@torch.no_grad()
+def test_strips_halve_the_memory():
+    _, vae = vae_pair(TINY_VAES["SD 1.5"], torch.float32)
+    tiled  = fast.tiled(vae, 4)
+
+    def peak(function, argument) -> int:
+        with Peak() as peak:
+            function(argument)
+        return peak.bytes
+    latents, pictures = torch.randn(1, 4, 16, 16), torch.randn(1, 3, 128, 128)
+    top = 128 * 128 * TINY_VAES["SD 1.5"]["block_out_channels"][0] * 4          # a map of the highest level
+    assert peak(vae.decode, latents) >= 6 * top
+    assert peak(tiled.decode, latents) < 3.5 * top
+    assert peak(vae.encode, pictures) >= 3 * top
+    assert peak(tiled.encode, pictures) < 2.5 * top
+
+
+def test_tiled_says_what_it_cannot_do():
+    _, vae = vae_pair(TINY_VAES["SD 1.5"], torch.float32)
+    with pytest.raises(ValueError, match="rows is 0"):
+        fast.tiled(vae, 0)
+    with pytest.raises(TypeError, match="Identity"):
+        fast.tiled(nn.Identity())
+
+
+# ── Pipelines ───────────────────────────────────────────────────────────────────────────────────────────────
+
+PROMPTS = {"prompt": "a red cat", "negative_prompt": "bad", "height": 64, "width": 72}
+CALL    = {**PROMPTS, "steps": 4, "seed": [5, 9], "num_images": 2, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):
+    return their_pictures(folder, "pndm", [5, 9], num_inference_steps=4, **PROMPTS)
+
+
+def test_an_optimized_pipeline_makes_the_pictures_of_diffusers(pipe, pictures, pack_all):
+    quick = fast.optimize(pipe)
+    assert np.abs(ldm.sample(model=quick, **CALL) - pictures).max() < 1e-4
+    assert np.abs(ldm.sample(model=pipe, **CALL) - pictures).max() < 1e-4
+    with pytest.raises(TypeError, match="a PromptOnce"):
+        fast.optimize(quick)
+
+
+def test_a_tiled_pipeline_makes_the_pictures_of_diffusers(pipe, pictures):
+    tiled = replace(pipe, vae=fast.tiled(pipe.vae, 8))
+    assert np.abs(ldm.sample(model=tiled, **CALL) - pictures).max() < 1e-4
+
+
+@pytest.mark.parametrize(("family", "layerwise"), [("SD 1.5", False), ("SD 1.5", True), ("SDXL base", False)])
+def test_visitors_make_the_same_pictures_one_at_a_time(family, layerwise, tmp_path, monkeypatch):
+    pipe   = ldm.load(write(tmp_path / "model", family), device="cpu")
+    wanted = ldm.sample(model=pipe, **CALL)
+    arrivals, admit = [], fast._Room.admit
+
+    def noted(room, part):
+        if part is not room.host:
+            arrivals.append(type(part).__name__)
+        return admit(room, part)
+    monkeypatch.setattr(fast._Room, "admit", noted)
+    assert np.array_equal(ldm.sample(model=fast.offload(pipe, "cpu", layerwise=layerwise), **CALL), wanted)
+    if layerwise:
+        layers = sum(bool(part._parameters) for part in pipe.unet.modules())
+        calls  = CALL["steps"] + (family == "SD 1.5")               # PNDM makes one more
+        assert len(arrivals) >= 0.9 * calls * layers
+        assert not {"UNet", "ResBlock", "TransformerBlock"} & {*arrivals}
+    else:
+        assert arrivals == ["ModuleList", "UNet", *["Conv2d", "Decoder"] * 2]       # two pictures
+
+
+def test_one_guest_is_gone_before_the_next_comes(pipe, monkeypatch):
+    room  = fast._Room(torch.device("cpu"))
+    first = weakref.ref(room.admit(pipe.unet))
+    assert room.admit(pipe.unet) is first()
+    moved = fast._moved
+
+    def checked(module, device):
+        gc.collect()
+        assert first() is None
+        return moved(module, device)
+    monkeypatch.setattr(fast, "_moved", checked)
+    assert room.admit(pipe.unet.conv_in) is not pipe.unet.conv_in
+
+
+# ── CUDA ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.gpu
+def test_a_recorded_network_repeats_itself(folder):
+    pipe   = ldm.load(folder, device="cuda", dtype="float32")
+    wanted = ldm.sample(model=pipe, **CALL)
+    quick  = fast.optimize(pipe)
+    for _ in range(2):
+        assert np.abs(ldm.sample(model=quick, **CALL) - wanted).max() < 1e-3
+    tall = {**CALL, "height": 128}                                  # a second recording beside the first
+    assert np.abs(ldm.sample(model=quick, **tall) - ldm.sample(model=pipe, **tall)).max() < 1e-3
+    with pytest.raises(ValueError, match="CUDA graph"):
+        fast.offload(quick, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_visit_to_the_gpu_leaves_nothing_there(folder, pipe, layerwise):
+    wanted   = ldm.sample(model=pipe, **CALL)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before   = torch.cuda.memory_allocated()
+    visiting = fast.offload(pipe, "cuda", layerwise=layerwise)
+    assert np.abs(ldm.sample(model=visiting, **CALL) - wanted).max() < 1e-3
+    assert all(tensor.device.type == "cpu" for tensor in pipe.unet.parameters())
+    del visiting
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_strips_stored_on_the_cpu():
+    _, vae  = vae_pair(TINY_VAES["SD 1.5"], torch.float32)
+    vae     = vae.cuda()
+    latents = torch.randn(1, 4, 8, 8, device="cuda")
+    tiled   = fast.tiled(vae, 8, store="cpu")
+    assert relative(tiled.decode(latents), vae.decode(latents)) < 1e-4
+    pictures = torch.randn(1, 3, 64, 64, device="cuda")
+    assert relative(tiled.encode(pictures)[0], vae.encode(pictures)[0]) < 1e-4
