@@ -87,11 +87,12 @@ class Pipeline:
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (N, 3, H, W) in [−1, 1] → mean and std of the scaled latents (N, 4, H/8, W/8), float32.
 
-        FloatingPointError: see `finite`.
+        One picture at a time, as in `decode`. FloatingPointError: see `finite`.
         """
         weight    = next(self.vae.parameters())
-        mean, std = self.vae.encode(images.to(weight))
-        return finite(mean.float(), "autoencoder"), std.float()
+        found     = [self.vae.encode(image.to(weight)) for image in images.split(1)]
+        mean, std = (torch.cat(parts).float() for parts in zip(*found, strict=True))
+        return finite(mean, "autoencoder"), std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (N, 4, h, w) → pictures (N, 3, 8h, 8w), about in [−1, 1], in float32.

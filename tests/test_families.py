@@ -71,7 +71,7 @@ def test_inpainting(models, name, strength, picture):
     assert np.abs(ours - theirs).max() < 1e-4
 
 
-def test_the_page_of_the_families(models, monkeypatch):
+def test_the_page_of_the_families(models, monkeypatch, tmp_path):
     """Its code runs, with a tiny model in place of each published one, few steps and small pictures."""
     published = {"stable-diffusion-v1-5/stable-diffusion-v1-5": "SD 1.5",
                  "stabilityai/stable-diffusion-xl-base-1.0": "SDXL",
@@ -82,6 +82,8 @@ def test_the_page_of_the_families(models, monkeypatch):
         pipe = load(models[published[name]], device="cpu")
         return replace(pipe, defaults=replace(pipe.defaults, steps=5))
     monkeypatch.setattr(ldm, "load", load_tiny)
+    monkeypatch.setattr(ldm, "load_vae", lambda name: ldm.models.TinyVAE().eval())
+    monkeypatch.chdir(tmp_path)
     code = "\n".join(re.findall(r"```py\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL))
     for large, small in (("1152", "72"), ("896", "64"), ("steps=40", "steps=5")):
         assert large in code
@@ -89,3 +91,4 @@ def test_the_page_of_the_families(models, monkeypatch):
     names = {"ldm": ldm}
     exec(code, names)
     assert names["image"].size == (64, 64)
+    assert [PIL.Image.open(path).size for path in sorted(tmp_path.glob("step*.png"))] == [(64, 64)] * 5
