@@ -141,7 +141,8 @@ def inpaint(prompt: str | Sequence[str], image: Any, mask: Any, model: Pipeline 
         invert: the black part is painted anew.
         padding: for small things in large pictures: the network sees only the part around the mask, with so
             many pixels more on each side, scaled to the model's own size and back.
-        feather: fade from the new picture to the old one, over so many pixels outside the mask.
+        feather: fade from the new picture to the old one, over so many pixels outside the mask. It belongs to
+            the composite: with composite=False there is none.
         composite: False shows all that came out of the autoencoder, which has changed every pixel a little.
         height, width: of what the network sees, at most; multiples of 8. It keeps its proportions. None: the
             picture's own, or with `padding` the model's.
