@@ -75,7 +75,7 @@ class ClipText:
 
 @dataclass(frozen=True)
 class JoinedText:
-    """Two encoders that read the same prompt, for the base of Stable Diffusion XL (Podell et al. 2023, 2.1).
+    """Two encoders that read the same prompt, for the base of SDXL (Podell et al. 2023, section 2.1).
 
     Their states are joined along the width, (N, S, 768 + 1280); the vector is the pooled text of the second.
     """

@@ -117,3 +117,19 @@ def test_the_annotated_pages_hold_all_the_code(monkeypatch):
                 assert ast.get_docstring(node) in {text for text, _ in pieces}
                 del node.body[0]
         assert ast.dump(tree) == ast.dump(wanted), name
+
+
+def test_every_paper_cited_is_in_the_list():
+    """… beside the file whose docstrings cite it."""
+    entries = (DOCS / "papers.md").read_text("utf-8").split("\n- **")[1:]
+    papers  = {entry.partition("**")[0]: entry for entry in entries}
+    name    = re.compile(r"[A-Z][\w-]+(?: et al\.| & [A-Z][\w-]+)? (?:19|20)\d\d[ab]?\b")
+    package = DOCS.parent / "ldm"
+    cited   = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                for paper in name.findall(" ".join((ast.get_docstring(node) or "").split())):
+                    assert f"`{path.relative_to(package).as_posix()}`" in papers.get(paper, ""), (paper, path)
+                    cited.add(paper)
+    assert len(cited) >= 30

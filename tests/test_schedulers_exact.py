@@ -108,7 +108,7 @@ def test_ddim_is_eulers_method():
 
 
 def test_pndms_transfer_is_an_euler_step():
-    """Liu et al. 2022, Eq. 11, with its ᾱ algebra, is x + (σ′ − σ)·ε in these units."""
+    """Liu et al. 2022, Eq. 9, with its ᾱ algebra, is x + (σ′ − σ)·ε in these units."""
     x, eps   = GAUSSIAN.state(5.0), torch.tensor([[0.3, -1.0, 2.0, 0.1]], dtype=torch.float64)
     for sigma, following in ((5.0, 3.0), (0.7, 0.1)):
         a, b = 1 / (1 + sigma**2), 1 / (1 + following**2)
@@ -161,7 +161,7 @@ def test_the_runge_kutta_start_integrates_cubics_exactly():
 
 
 def test_the_weights_of_equal_steps():
-    """PNDM Eq. 12 and its shorter forms are the integrals that K-LMS takes, on equal steps."""
+    """PNDM's weights and their shorter forms are the integrals that K-LMS takes, on equal steps."""
     for order, row in enumerate(schedulers.multistep.ADAMS_BASHFORTH, start=1):
         nodes = [10.0 + i for i in range(order)]                       # the newest first, σ falls by 1
         assert [-w for w in schedulers.multistep.lagrange_integrals(nodes, 10.0, 9.0)] == pytest.approx(row)

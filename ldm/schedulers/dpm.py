@@ -61,9 +61,9 @@ def dpm_solver(denoise: Denoise, x: Tensor, sigmas: Sequence[float], order: int 
 def _noise_step(x: Tensor, sigmas: Sequence[float], epsilons: Sequence[Tensor], target: float) -> Tensor:
     """From σ₀ = sigmas[0], where x is, to the target, with ε known at one to three σ's.
 
-    DPM-Solver-1, -2 and -3 of Lu et al. 2022a, the latter two with general r, as in the appendix. One thing
-    is not the paper's but diffusers': inside a step of order 3, the second point is reached by DPM-Solver-2.
-    The paper has φ₂ there too, a difference in terms of third order.
+    DPM-Solver-1, -2 and -3 of Lu et al. 2022a, the latter two with general r. One thing is not the paper's
+    but diffusers': inside a step of order 3, the second point is reached by DPM-Solver-2. The paper has φ₂
+    there too, a difference in terms of third order.
     """
     sigma, e0 = sigmas[0], epsilons[0]
     first = x + (target - sigma) * e0

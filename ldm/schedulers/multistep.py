@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..denoiser import Denoise
 
-# Adams–Bashforth weights for equal steps, orders 1 to 4, newest ε first (PNDM Eq. 12 is the last row).
+# Adams–Bashforth weights for equal steps, orders 1 to 4, newest ε first (the last row is PNDM's).
 ADAMS_BASHFORTH = (
     (1.,),
     (3/2,    -1/2),
@@ -97,7 +97,7 @@ def pndm(denoise: Denoise, x: Tensor, sigmas: Sequence[float],
     for sigma, following in list(pairwise(sigmas))[:3]:
         middle = midpoint(sigma, following)
         half, full = middle - sigma, following - sigma
-        e1 = (x - denoise(x, sigma)) / sigma                                              # Eq. 13
+        e1 = (x - denoise(x, sigma)) / sigma
         x1 = x + half * e1
         e2 = (x1 - denoise(x1, middle)) / middle
         x2 = x + half * e2
