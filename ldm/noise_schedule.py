@@ -94,6 +94,8 @@ class NoiseSchedule:
         Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", Algorithm 1. Only for
         models trained on it to predict v or x₀: in pure noise, ε says nothing about x₀.
         """
+        if self.betas[-1] == 1:                                                          # it is already
+            return self
         root      = np.sqrt(np.cumprod(1 - self.betas))
         root      = (root - root[-1]) * root[0] / (root[0] - root[-1])
         alpha_bar = root**2

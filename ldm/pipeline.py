@@ -130,7 +130,8 @@ class Pipeline:
 
         config = {"_class_name": "DDIMScheduler", **self.scheduler_config, "prediction_type": self.prediction}
         if not np.array_equal(NoiseSchedule.from_hf(config).betas, self.schedule.betas):
-            config |= {"trained_betas": self.schedule.betas.tolist(), "rescale_betas_zero_snr": False}
+            betas   = self.schedule.betas
+            config |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": bool(betas[-1] == 1)}
         sample_size = unet.config.sample_size or self.defaults.height // vae.config.downscale
         size        = sample_size * vae.config.downscale
         derived     = {"scheduler": schedulers.default_name(config), "height": size, "width": size}

@@ -114,6 +114,17 @@ def test_what_was_changed_is_saved(tmp_path):
     assert np.allclose(scheduler.betas, pipe.schedule.betas, rtol=1e-6)
 
 
+def test_a_schedule_that_ends_in_pure_noise_is_saved_as_diffusers_reads_it(tmp_path):
+    pipe = ldm.load(tiny.write(tmp_path / "a", prediction="v_prediction"), device="cpu")
+    pipe = replace(pipe, schedule=ldm.NoiseSchedule.scaled_linear().zero_terminal_snr())
+    pipe.save(tmp_path / "b")
+    same_model(pipe, ldm.load(tmp_path / "b", device="cpu"))
+    theirs = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "b/scheduler",
+                                                              timestep_spacing="trailing")
+    theirs.set_timesteps(5)
+    assert np.allclose(theirs.sigmas, pipe.schedule.sigmas(5, "trailing"), rtol=1e-4)
+
+
 def test_a_model_of_parts_without_files(tmp_path):
     made = ldm.load(tiny.write(tmp_path / "a"), device="cpu")
     pipe = ldm.Pipeline(made.text, made.unet, made.vae, ldm.NoiseSchedule.scaled_linear(), "v_prediction")
