@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the first picture")
+    parser.add_argument("--seeds", type=int, default=1, help="pictures of each prompt")
     parser.add_argument("--scheduler")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
@@ -96,7 +97,7 @@ def main() -> None:
     pipe, start, pictures = ldm.load(args.model), time.time(), 0
     print("| prompts | what is right | share | 95 % interval |\n|---|---|---|---|")
     for kind in ("one thing", "one thing, unseen combination", "pair", "pair, unseen"):
-        scenes, counts = scenes_of(kind, args.count, seed=1_000_003), Counter()
+        scenes, counts = scenes_of(kind, args.count, seed=1_000_003) * args.seeds, Counter()
         for i in range(0, len(scenes), args.batch):
             part = scenes[i:i + args.batch]
             images = ldm.sample(list(map(prompt_for, part)), pipe, scheduler=args.scheduler, steps=args.steps,
@@ -107,7 +108,7 @@ def main() -> None:
         for name, right in counts.items():
             low, high = wilson(right, len(scenes))
             print(f"| {kind} | {name} | {right / len(scenes):.1%} | {low:.1%} to {high:.1%} |", flush=True)
-    print(f"\n{args.count} prompts of each kind, seeds from {args.seed}; "
+    print(f"\n{args.count} prompts of each kind, {args.seeds} pictures of each, seeds from {args.seed}; "
           f"{(time.time() - start) / pictures:.2f} s a picture.")
 
 
