@@ -42,11 +42,31 @@ PROMPTS = [
     "a white triangle to the left of a pink ring on a gray background",
     "an orange diamond at the top left on a white background",
 ]
+MORE_PROMPTS = [
+    "a red circle at the bottom right of a green background",
+    "a white cross on a red background",
+    "a large shiny blue ring on a yellow background",
+    "a black heart on a pink background",
+    "a green star on a purple background",
+    "a striped orange square on a gray background",
+    "a dotted blue heart on a white background",
+    "a pink star below a gray ring on a black background",
+    "a green triangle to the left of a yellow heart",
+    "a yellow heart to the left of a green triangle",
+    "a white circle to the right of a black square on a green background",
+    "a large green circle and a small red diamond",
+    "a purple cross under a white heart on a blue background",
+    "two shapes: a red star and a blue diamond",
+    "a small black star at the bottom left on a yellow background",
+    "a yellow ring over an orange cross",
+]
 
 
 def shapes(pipe: ldm.Pipeline) -> None:
-    """The sheet at the head of README: eight prompts, the seeds 0 to 7."""
-    images.grid(ldm.sample(PROMPTS, pipe, seed=0), columns=4).save(IMAGES / "shapes.png")
+    """The sheet at the head of README: 24 prompts, the seeds 0 to 23, the pictures scaled to 128 pixels."""
+    prompts  = PROMPTS + MORE_PROMPTS
+    pictures = [image.reduce(image.width // 128) for image in ldm.sample(prompts, pipe, seed=0)]
+    images.grid(pictures, columns=8).save(IMAGES / "shapes.png")
 
 
 def strip(pipe: ldm.Pipeline) -> None:
@@ -157,10 +177,10 @@ def guidance_scales(pipe: ldm.Pipeline) -> None:
 
 
 def attention(pipe: ldm.Pipeline) -> None:
-    """Where each word of a prompt acts: cross-attention at 1/16 of the resolution, all steps and heads."""
+    """Where each word of a prompt acts: cross-attention at 1/32 of the resolution, all steps and heads."""
     prompt = "a red square above a blue circle"
     words  = pipe.text.tokenizer.tokenize(prompt)
-    cells  = pipe.defaults.height // 16
+    cells  = pipe.defaults.height // 32
     shares = []
 
     def keep(module, arguments, output):
@@ -258,8 +278,9 @@ def tasks(pipe: ldm.Pipeline) -> None:
     picture, = ldm.sample(PROMPTS[0], pipe, seed=0)
     stars    = [ldm.img2img("a yellow star on a blue background", picture, pipe, strength=strength)[0]
                 for strength in (.5, .7, .9)]
+    side     = picture.width
     mask     = Image.new("L", picture.size, "black")
-    ImageDraw.Draw(mask).ellipse([30, 30, 98, 98], fill="white")
+    ImageDraw.Draw(mask).ellipse([side // 4, side // 4, 3 * side // 4, 3 * side // 4], fill="white")
     prompt   = "a white heart on a blue background"
     hearts   = [ldm.inpaint(prompt, picture, mask, pipe, seed=seed)[0] for seed in range(3)]
     images.grid([picture, *stars, mask.convert("RGB"), *hearts], columns=8).save(IMAGES / "tasks.png")

@@ -71,6 +71,22 @@ def test_two_processes_take_one_step_on_all_their_samples(tmp_path):
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
 
 
+def test_the_unet_begins_with_what_it_learned_at_half_the_size(tmp_path):
+    pipe = ldm.load(device="cpu")
+    pipe.save(tmp_path)                                  # autoencoder, text encoder and tokenizer, in float32
+    command = [sys.executable, EMBEDDED / "train.py", "half", "unet", "--out", tmp_path, "--size", "128",
+               "--scenes", "4", "--half-steps", "2", "--unet-steps", "1", "--device", "cpu", "--threads", "1"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for size in (64, 128):
+        latents = torch.load(tmp_path / f"latents_{size}.pt", weights_only=True)
+        assert latents.shape == (4, 4, size // 8, size // 8)
+    half, unet = (torch.load(tmp_path / name, weights_only=True) for name in ("half.pt", "unet.pt"))
+    assert (half["step"], unet["step"]) == (2, 1)
+    for name, tensor in half["ema"].items():             # one step, at a hundredth of the rate of 1e-3
+        torch.testing.assert_close(unet["unet"][name], tensor, rtol=0, atol=2e-5)
+
+
 def finetune(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, EMBEDDED.parent / "finetune.py", *map(str, arguments)],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -2,7 +2,8 @@
 
     vae     the autoencoder                             → FOLDER/vae, sheet vae.png
     text    tokenizer and text encoder                  → FOLDER/tokenizer, FOLDER/text_encoder
-    unet    latents of all training scenes, the U-Net   → FOLDER/latents.pt, unet.pt, sheet unet.png
+    half    the U-Net on pictures of half the size       → FOLDER/half.pt, sheet half.png
+    unet    the U-Net                                   → FOLDER/unet.pt, sheet unet.png
     polish  the decoder once more, alone                → FOLDER/vae
     export  float16 in Hugging Face layout              → --assets
 
@@ -30,7 +31,7 @@ from export import export, load_vae
 from ldm.models.unet import UNet
 from ldm.training import EMA
 
-STAGES = ("vae", "text", "unet", "polish", "export")
+STAGES = ("vae", "text", "half", "unet", "polish", "export")
 
 
 def main() -> None:
@@ -38,11 +39,12 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; all by default")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and sheets")
     parser.add_argument("--assets", type=Path, default=Path(__file__).parents[2] / "ldm/assets/shapes")
-    parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
-    parser.add_argument("--scenes", type=int, default=24000, help="training scenes for the U-Net")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a picture's side")
+    parser.add_argument("--scenes", type=int, default=16384, help="training scenes for the U-Net")
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--text-steps", type=int, default=1200)
-    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--half-steps", type=int, default=8000)
+    parser.add_argument("--unet-steps", type=int, default=8000)
     parser.add_argument("--polish-steps", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -58,9 +60,13 @@ def main() -> None:
             train_vae.train(args.out, args.vae_steps, args.size, args.device)
         elif stage == "text":
             train_text.train(args.out, args.text_steps, args.device)
-        elif stage == "unet":
-            vae = load_vae(args.out / "vae").to(args.device)
-            train_unet.train(args.out, vae, args.unet_steps, args.scenes, args.size, args.device)
+        elif stage in ("half", "unet"):
+            vae, half = load_vae(args.out / "vae").to(args.device), args.out / "half.pt"
+            if stage == "half":
+                train_unet.train(half, vae, args.half_steps, args.scenes, args.size // 2, args.device)
+            else:
+                train_unet.train(args.out / "unet.pt", vae, args.unet_steps, args.scenes, args.size,
+                                 args.device, begin=half)
         elif stage == "polish":
             train_vae.polish(args.out, args.polish_steps, args.size, args.device)
         else:
@@ -86,7 +92,8 @@ def card(args: argparse.Namespace, unet: dict) -> str:
     """
     minutes = {"U-Net": unet["seconds"] / 60}
     steps = {"U-Net": unet["step"]}
-    files = {"autoencoder": "vae.pt", "decoder, alone": "polish.pt", "text encoder": "text.pt"}
+    files = {"U-Net at half the size": "half.pt", "autoencoder": "vae.pt", "decoder, alone": "polish.pt",
+             "text encoder": "text.pt"}
     for name, file in files.items():
         if (args.out / file).exists():
             saved = torch.load(args.out / file, weights_only=True, map_location="cpu")
@@ -129,7 +136,7 @@ below, left and right. It knows nothing else.
 {rows}
 
 U-Net: batches of {batch}, AdamW at 1e-3, an exponential moving average of the weights (these are the ones
-here), a quarter of the timesteps from the noisiest fifth, 10 % of the captions empty.
+here), half to a fifth of the timesteps from the noisiest fifth, 10 % of the captions empty.
 {notes}
 ## Measured
 {measured}
