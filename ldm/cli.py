@@ -304,8 +304,10 @@ def explain(error: Exception) -> str:
     """An error as one line for a person: our own messages as they are, anything unexpected with its type."""
     text = " ".join(str(error).split())
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text:
-        return ("out of memory: try fewer or smaller pictures (-n, --height, --width), --dtype float16 or "
-                "--device cpu")
+        ours  = text.startswith("Out of memory for")
+        asked = text.partition(". What helps:")[0] if ours else "out of memory"
+        return (f"{asked}: try fewer or smaller pictures (-n, --height, --width), --dtype float16 or "
+                f"--device cpu")
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) and text:

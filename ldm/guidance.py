@@ -2,6 +2,7 @@
 
 Each returns the plain function that a scheduler calls. A guidance of your own is one more such function.
 """
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -78,6 +79,12 @@ def switch(above: Denoise, below: Denoise, sigma: float) -> Denoise:
     return lambda x, s: (above if s >= sigma else below)(x, s)
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory was short. On the CPU and on MPS, PyTorch has no class of its own for this error."""
+    return (isinstance(error, torch.OutOfMemoryError)
+            or re.search("out of memory|can't allocate memory|not enough memory", str(error)) is not None)
+
+
 def _both(function: Callable[[Tensor, float, Conditioning], Tensor], cond: Conditioning,
           uncond: Conditioning) -> Callable[[Tensor, float], list[Tensor]]:
     """(x, σ) → [function for uncond, function for cond]; in one batch until the memory runs out."""
@@ -91,7 +98,9 @@ def _both(function: Callable[[Tensor, float, Conditioning], Tensor], cond: Condi
         if joint is not None:
             try:
                 return list(function(torch.cat([x, x]), sigma, joint).chunk(2))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 joint = None
         return [function(x, sigma, part) for part in (uncond, cond)]
     return evaluate

@@ -9,7 +9,9 @@ A task is a start state, a slice of the σ's, and a wrapper of the denoiser; the
       with 9 channels   one of these            from σ_k         the guided network, which is told the rest
 """
 import inspect
+import itertools
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,8 @@ from torch import Tensor
 
 from . import guidance, images, inpainting, schedulers
 from .denoiser import Denoise, Denoiser
+from .models import VAE
+from .models.vae import Decoder
 from .noise import Noise, seeded
 from .noise_schedule import check_sigmas
 from .pipeline import Pipeline, finite, load
@@ -235,12 +239,10 @@ class _Run:
         try:
             with torch.inference_mode():
                 yield
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(
-                f"The memory of the device does not suffice for {len(self.prompts)} picture(s) of "
-                f"{self.size[1]} × {self.size[0]} pixels. Make fewer in one call, or smaller ones (height, "
-                f"width), or load the model in float16 (dtype), or on another device. "
-                f"PyTorch says: {error}") from error
+        except RuntimeError as error:
+            if not guidance.out_of_memory(error):
+                raise
+            raise torch.OutOfMemoryError(_advice(self.pipe, len(self.prompts), *self.size, error)) from error
 
     def noise(self) -> Noise:
         """k → the k-th draw of each picture, like its latents."""
@@ -407,6 +409,32 @@ def _one_input(pipe: Pipeline, task: str) -> None:
         channels = pipe.vae.config.latent_channels
         raise ValueError(f"{pipe.name or 'The model'} has a U-Net with {2 * channels + 1} input channels, "
                          f"made for inpainting: use ldm.inpaint; {task} needs one with {channels}.")
+
+
+def _advice(pipe: Pipeline, count: int, height: int, width: int, error: RuntimeError) -> str:
+    """What was asked for, what there was, and what helps, the least loss first, with estimates."""
+    def size(number: float) -> str:
+        return f"{number / 1e9:.3g} GB"
+    vae, device = pipe.vae, pipe.device
+    parts   = [[*part.parameters()] for part in (pipe.unet, vae) if isinstance(part, torch.nn.Module)]
+    weights = [sum(weight.nbytes for weight in part) for part in parts]
+    dtype   = next(itertools.chain(*parts)).dtype
+    tried   = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    free    = torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+    helps   = ["fewer pictures in one call: a step takes memory in proportion" if count > 1 else
+               "a smaller picture (height, width): memory goes with the number of pixels, at least"]
+    if dtype == torch.float32:
+        half = "bfloat16" if device.type == "cpu" else "float16"
+        helps.append(f'ldm.load(…, dtype="{half}"): half of everything, {size(sum(weights) / 2)} are weights')
+    if isinstance(vae, VAE) and isinstance(vae.decoder, Decoder):
+        maps = 3 * max(vae.config.channels[:2]) * height * width * next(vae.parameters()).itemsize
+        helps.append(f"ldm.fast.tiled(pipeline.vae): a decode in about {size(maps / 2)}, not {size(maps)}")
+    if device.type != "cpu":
+        helps.append(f"ldm.fast.offload: one part on the device at a time, the largest {size(max(weights))}")
+    return (f"Out of memory for {count} picture(s) of {width} × {height} pixels in "
+            f"{str(dtype).removeprefix('torch.')}{f'; tried to get {tried[1]}' if tried else ''}"
+            f"{f'; free are {size(free[0])} of {size(free[1])}' if free else ''}. What helps: "
+            f"{'; or '.join(helps)}. PyTorch says: {error}")
 
 
 def _sigmas(pipe: Pipeline, row: schedulers.Row, steps: int | None, spacing: str | None,

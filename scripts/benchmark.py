@@ -1,20 +1,24 @@
 """How fast, in how much memory, and how far from what the machine could do: ldm beside diffusers.
 
-    python scripts/benchmark.py --quick          on a CPU, some minutes: one step, one decode, a cold start
-    python scripts/benchmark.py                  the same with more rounds; loading, memory and scaling
+    python scripts/benchmark.py --quick          on a CPU, minutes: one step, one decode, memory, a cold start
+    python scripts/benchmark.py                  half an hour: more rounds; changes, loading, scaling too
+    python scripts/benchmark.py --part loading   one part or several, into the JSON that is there
     python scripts/benchmark.py --device cuda    on a GPU: whole pictures of SD 1.5 and SDXL, batches, memory
-    python scripts/benchmark.py --tables         write the tables of docs/speed.md again, from the JSON files
+    python scripts/benchmark.py --tables         tables and plots of docs/speed.md again, from the JSON files
 
-Both libraries get the same random weights of the published shapes, in one process, and take turns; shown is
-the median, and in brackets the fastest and the slowest. The ratio is the median of the ratios of each turn:
-above 1, ldm is faster. The floor is the counted floating-point operations at the measured rate of a large
-matrix product. On a CPU with --threads 1 the clock is the process's own, so a busy machine does less harm.
+Both libraries get the same random weights of the published shapes, in one process, and take turns, in every
+second round backwards; shown is the median, and in brackets the fastest and the slowest. The ratio is the
+median of the ratios of each round: above 1, ldm is faster. The floor is the counted floating-point operations
+at the measured rate of a large matrix product. On a CPU with --threads 1 the clock is the process's own, so a
+busy machine does less harm.
 
-Results are written to docs/benchmarks/NAME.json. Needs the extra `test`.
+Results are written to docs/benchmarks/NAME.json. Needs the extra `test`; for a plot, matplotlib.
 """
 import argparse
 import gc
+import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -47,9 +51,12 @@ from ldm.models.layers import GEGLU, ResBlock
 from ldm.noise_schedule import NoiseSchedule
 from ldm.pipeline import Defaults
 
+START   = time.perf_counter()
 RESULTS = ROOT / "docs" / "benchmarks"
+IMAGES  = ROOT / "docs" / "images"
 PAGE    = ROOT / "docs" / "speed.md"
 SIZES   = {"SD 1.5": 512, "SDXL base": 1024}                    # pixels
+QUICK   = "step", "decode", "memory", "cold"                    # the parts of --quick
 
 
 # ── The machine ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -66,6 +73,12 @@ def machine(device: str, clock: str) -> dict[str, Any]:
             "python": platform.python_version(), "torch": torch.__version__, "ldm": ldm.__version__,
             "diffusers": diffusers.__version__, "transformers": transformers.__version__,
             "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+
+
+def native_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; elsewhere PyTorch emulates it."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(info.read_text().split())
 
 
 class Clock:
@@ -173,15 +186,16 @@ def vaes(device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 
 # ── Taking turns ────────────────────────────────────────────────────────────────────────────────────────────
 
-def turns(clock: Clock, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, in rounds of one each, after one that is not counted."""
+def turns(clock: Clock, calls: dict[str, Callable[[], Any]], rounds: int,
+          warm: dict[str, Callable[[], Any]] | None = None) -> dict[str, list[float]]:
+    """Seconds of each call, in rounds of one each, every second one backwards; `warm` first, not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for i in range(-1, rounds):
-            for name, call in calls.items():
-                spent = clock(call)
-                if i >= 0:
-                    seconds[name].append(spent)
+        for call in (warm or calls).values():
+            call()
+        for i in range(rounds):
+            for name in calls if i % 2 else reversed(calls):
+                seconds[name].append(clock(calls[name]))
     return seconds
 
 
@@ -208,25 +222,52 @@ def row(what: str, seconds: dict[str, list[float]], *, flops: float = 0, peak_fl
     return result
 
 
-def one_step(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: float) -> dict[str, Any]:
+def one_step(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: float,
+             quick: bool) -> dict[str, Any]:
+    """quick: fewer contestants, and they warm up on a quarter of the picture."""
     ours, theirs = unets("SD 1.5", clock.device, dtype)
-    x, t, context, _ = unet_inputs("SD 1.5", 1, clock.device, dtype)
-    quick = fast.prompt_once(fast.packed(fast.in_place(ours)))
-    return row("SD 1.5, 512², one guided step", turns(clock, {
-        "diffusers": lambda: theirs(x, t, context).sample,
-        "ldm":       lambda: ours(x, t, context),
-        "ldm.fast":  lambda: quick(x, t, context)}, rounds), flops=flops, peak_flops=peak)
+    lean     = fast.in_place(ours)
+    networks = {"diffusers": theirs, "ldm": ours, "ldm.fast": fast.prompt_once(fast.packed(lean))}
+    if not quick:
+        networks["ldm.fast, channels last"] = fast.prompt_once(fast.packed(fast._channels_last(lean)))
+
+    def calls(pixels: int) -> dict[str, Callable[[], Any]]:
+        inputs = unet_inputs("SD 1.5", 1, clock.device, dtype, pixels)[:3]
+        return {name: lambda network=network: network(*inputs) for name, network in networks.items()}
+    kind = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    return row(f"SD 1.5, 512², one guided step{kind}",
+               turns(clock, calls(512), rounds, calls(256 if quick else 512)), flops=flops, peak_flops=peak)
 
 
-def one_decode(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: float) -> dict[str, Any]:
+def cpu_steps(clock: Clock, rounds: int, peak: float, flops: float, quick: bool) -> list[dict[str, Any]]:
+    """In float32; and in bfloat16, where the CPU knows it."""
+    rows = [one_step(clock, torch.float32, rounds, peak, flops, quick)]
+    if not native_bfloat16():
+        print("no rows in bfloat16: this CPU has neither avx512_bf16 nor amx_bf16, PyTorch would emulate it")
+        return rows
+    peak = rates(clock, torch.bfloat16)["flops"]
+    rows.append(one_step(clock, torch.bfloat16, rounds, peak, flops, quick))
+    for one in rows[1]["contestants"].values():
+        one["ratio_to_float32"] = rows[0]["contestants"]["diffusers"]["seconds"] / one["seconds"]
+    return rows
+
+
+def one_decode(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: float,
+               quick: bool) -> dict[str, Any]:
+    """quick: as for one_step."""
     ours, theirs = vaes(clock.device, dtype)
-    z = torch.randn(1, 4, 64, 64, device=clock.device, dtype=dtype)
-    quick, tiled = fast.in_place(ours), fast.tiled(ours)
-    return row("decode, 512²", turns(clock, {
-        "diffusers":  lambda: theirs.decode(z / theirs.config.scaling_factor).sample,
-        "ldm":        lambda: ours.decode(z),
-        "ldm.fast":   lambda: quick.decode(z),
-        "fast.tiled": lambda: tiled.decode(z)}, rounds), flops=flops, peak_flops=peak)
+    decoders = {"diffusers": lambda z: theirs.decode(z / theirs.config.scaling_factor).sample,
+                "ldm": ours.decode}
+    if clock.device == "cuda":
+        decoders["ldm.fast"] = fast._channels_last(ours).decode
+    if not quick:
+        decoders["fast.tiled"] = fast.tiled(ours).decode
+
+    def calls(pixels: int) -> dict[str, Callable[[], Any]]:
+        z = torch.randn(1, 4, pixels // 8, pixels // 8, device=clock.device, dtype=dtype)
+        return {name: lambda decode=decode: decode(z) for name, decode in decoders.items()}
+    return row("decode, 512²", turns(clock, calls(512), rounds, calls(256 if quick else 512)),
+               flops=flops, peak_flops=peak)
 
 
 # ── One change at a time ────────────────────────────────────────────────────────────────────────────────────
@@ -245,7 +286,6 @@ def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
 
     def residual(width: int, side: int) -> None:
         block  = ResBlock(width, width, 1280, 32, 1e-5)
-        lean   = fast.in_place(nn.Sequential(block))[0]
         convs  = block.conv1, block.conv2
         pack   = fast.rebuilt(block, lambda part: fast._PackedConv(part) if part in convs else None)
         x, e   = torch.randn(2, width, side, side), torch.randn(2, 1280)
@@ -253,7 +293,6 @@ def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
         y, at  = x.contiguous(memory_format=torch.channels_last), f"{width} channels, {side} × {side}"
         wide   = block.conv1.weight.numel() >= fast.WIDE
         compare(f"packed: ResBlock, {at}", wide, lambda: block(x, e), lambda: pack(x, e))
-        compare(f"in_place: ResBlock, {at}", True, lambda: block(x, e), lambda: lean(x, e))
         compare(f"channels last: convolution, {at}", False, lambda: block.conv1(x), lambda: conv(y))
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -288,15 +327,23 @@ start = time.perf_counter()
 ldm.sample("a red circle on a blue background", pipe)
 print(first, time.perf_counter() - start)
 """
-LOADERS = {"ldm":       "ldm.load({folder!r}, device='cpu')",
-           "diffusers": "diffusers.StableDiffusionPipeline.from_pretrained({folder!r}, safety_checker=None)"}
-MEASURED = """
-import resource, time
-import torch, transformers, {library}
-start = time.perf_counter()
-kept = [{call}]
-seconds = time.perf_counter() - start
-print(seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+LOADERS = {"ldm":       ("import ldm", "ldm.load({folder!r}, device='cpu')", "pipe.text.model"),
+           "diffusers": ("from diffusers import StableDiffusionPipeline",
+                         "StableDiffusionPipeline.from_pretrained({folder!r}, safety_checker=None)",
+                         "pipe.text_encoder")}
+LOADING = """
+import time
+from transformers import CLIPTextModel, CLIPTokenizer
+{imports}
+def memory(kind):
+    return 1024 * int(open("/proc/self/status").read().split(kind + ":")[1].split()[0])
+before, start = memory("VmRSS"), time.perf_counter()
+pipe = {call}
+loaded = time.perf_counter() - start
+for module in (pipe.unet, pipe.vae, {text}):
+    for weight in module.parameters():
+        weight.sum()
+print(loaded, time.perf_counter() - start, memory("VmHWM") - before)
 """
 
 
@@ -324,83 +371,147 @@ def cold(rounds: int) -> list[dict[str, Any]]:
 
 
 def loading(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Stable Diffusion 1.5 from files into memory, after the imports: time, and peak beyond theirs."""
+    """Stable Diffusion 1.5 from files into memory, after the imports: time, and peak beyond theirs.
+
+    Both libraries map the files, which are read where a weight is used. So every weight is used once before
+    the peak is taken. It is that of the resident memory, beyond what was resident before; it counts mapped
+    pages, which the system may drop. Linux only; not by getrusage, whose peak a process inherits.
+    """
     if not (folder / "model_index.json").exists():
         import full_size
         full_size.write(folder)
     weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     found: dict[str, list[list[float]]] = {name: [] for name in LOADERS}
-    for _ in range(rounds):
-        for name, call in LOADERS.items():
-            found[name].append(run(MEASURED.format(library=name, call=call.format(folder=str(folder)))))
-    bare   = {name: run(MEASURED.format(library=name, call="None"))[1] for name in LOADERS}
-    result = row("load SD 1.5, float32", {name: [one[0] for one in each] for name, each in found.items()},
-                 memory={name: int(max(one[1] for one in each) - bare[name]) for name, each in found.items()})
-    for name, one in result["contestants"].items():
+    for _ in range(1 + rounds):
+        for name, (imports, call, text) in LOADERS.items():
+            code = LOADING.format(imports=imports, call=call.format(folder=str(folder)), text=text)
+            found[name].append(run(code))
+    found = {name: each[1:] for name, each in found.items()}     # the first read the disk
+    call, read = ({name: [one[i] for one in each] for name, each in found.items()} for i in (0, 1))
+    memory = {name: int(max(one[2] for one in each)) for name, each in found.items()}
+    rows   = [row("load SD 1.5, float32: the call", call),
+              row("load SD 1.5, float32: until all is read", read, memory=memory)]
+    for name, one in rows[1]["contestants"].items():
         one["of_weights"] = one["peak_bytes"] / weights
         print(f"{name}: peak {one['of_weights']:.3f} of the weights")
-    return [result]
+    return rows
 
 
 # ── Memory ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-def decode_memory(device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The most memory that the tensors of a decode take at one time, besides the weights.
+def memory(device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The most memory that the tensors of a step or a decode take at one time, besides the weights.
 
     On a GPU as its allocator counts; on a CPU with tensors that have sizes but no numbers, result by result.
     """
     import diffusers
-    results = []
+    results: list[dict[str, Any]] = []
+
+    def cast(module: nn.Module) -> nn.Module:
+        return module if dtype == torch.float32 else module.to(dtype)          # what is fake cannot be moved
+
+    def note(what: str, size: int, calls: dict[str, Callable[[], Any]]) -> None:
+        found = {name: _peak(device, call) for name, call in calls.items()}
+        results.append({"what": f"{what}, {size}², {str(dtype).removeprefix('torch.')}", "bytes": found})
+        print(f"{results[-1]['what']:34s}", {name: f"{x / 1e9:.3f} GB" for name, x in found.items()})
+
     with FakeTensorMode() if device == "cpu" else nullcontext(), torch.device(device), torch.no_grad():
-        ours, theirs = VAE(VAEConfig.from_hf(SD_VAE)), diffusers.AutoencoderKL.from_config(SD_VAE)
-        if dtype != torch.float32:
-            ours, theirs = ours.to(dtype), theirs.to(dtype)
-        calls  = {"diffusers": theirs.decode, "ldm": ours.decode, "fast.tiled": fast.tiled(ours).decode}
-        if device == "cuda":
-            calls["fast.tiled, store='cpu'"] = fast.tiled(ours, store="cpu").decode
+        unet     = cast(UNet(UNetConfig.from_hf(UNETS["SD 1.5"])))
+        theirs   = cast(diffusers.UNet2DConditionModel.from_config(UNETS["SD 1.5"]))
+        networks = {"diffusers": theirs, "ldm": unet, "fast.in_place": fast.in_place(unet)}
         for size in sizes:
-            z     = torch.zeros(1, 4, size // 8, size // 8, dtype=dtype)
-            found = {name: _peak(device, call, z) for name, call in calls.items()}
-            results.append({"what": f"decode, {size}², {str(dtype).removeprefix('torch.')}", "bytes": found})
-            print(f"{results[-1]['what']:34s}", {name: f"{x / 1e9:.2f} GB" for name, x in found.items()})
+            inputs = unet_inputs("SD 1.5", 1, device, dtype, size)[:3]
+            note("SD 1.5, one guided step", size, {
+                name: lambda network=network, inputs=inputs: network(*inputs)
+                for name, network in networks.items()})
+        vae   = cast(VAE(VAEConfig.from_hf(SD_VAE)))
+        calls = {"diffusers": cast(diffusers.AutoencoderKL.from_config(SD_VAE)).decode,
+                 "ldm": vae.decode, "fast.tiled": fast.tiled(vae).decode}
+        if device == "cuda":
+            calls["fast.tiled, store='cpu'"] = fast.tiled(vae, store="cpu").decode
+        for size in sizes:
+            z = torch.zeros(1, 4, size // 8, size // 8, dtype=dtype)
+            note("decode", size, {name: lambda call=call, z=z: call(z) for name, call in calls.items()})
     return results
 
 
-def _peak(device: str, call: Callable[[Tensor], Any], z: Tensor) -> int:
+def _peak(device: str, call: Callable[[], Any]) -> int:
     if device == "cpu":
         with Peak() as peak:
-            call(z)
+            call()
         return peak.bytes
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call(z)
+    call()
     return torch.cuda.max_memory_allocated() - before
 
 
 # ── Scaling ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 def scaling(clock: Clock, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Time of the whole run over batch, size and steps, one at a time; on a CPU with the embedded model."""
-    gpu  = clock.device == "cuda"
-    pipe = (stand_in("SD 1.5", unets("SD 1.5", "cuda", dtype)[0], vaes("cuda", dtype)[0]) if gpu else
-            ldm.load(device="cpu"))
+    """Time and memory over batch, steps and size, one at a time, with their exponents.
+
+    On a GPU of whole runs of SD 1.5. On a CPU batch and steps are of runs of the embedded model, and size is
+    of a guided call of SD 1.5's U-Net: timed as far as 1024 pixels, with the memory that `Peak` counts.
+    """
+    if clock.device == "cuda":
+        pipe  = stand_in("SD 1.5", unets("SD 1.5", "cuda", dtype)[0], vaes("cuda", dtype)[0])
+        found = scaling_of_runs(clock, "SD 1.5", pipe, {"height": (256, 512, 1024, 2048)})
+    else:
+        found = scaling_of_runs(clock, "embedded model", ldm.load(device="cpu"), {})
+        found.append(scaling_of_size(clock))
+    for one in found:
+        one |= {f"{key}_exponents": exponents(one["points"], key) for key in ("seconds", "bytes")}
+    return found
+
+
+def scaling_of_runs(clock: Clock, name: str, pipe: ldm.Pipeline,
+                    more: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
     base = {"num_images": 1, "height": pipe.defaults.height, "steps": 10}
-    grid = {"num_images": (1, 2, 4, 8, 16, 32), "steps": (10, 20, 50, 100),
-            "height": (256, 512, 1024, 2048) if gpu else (64, 128, 256, 512)}
-    results = []
-    for name, values in grid.items():
+    grid = {"num_images": (1, 2, 4, 8, 16, 32), "steps": (10, 20, 50, 100), **more}
+    unit = {"num_images": "pictures in a batch", "steps": "steps", "height": "pixels a side"}
+    found = []
+    for key, values in grid.items():
         points = []
         for value in values:
-            how = {**base, name: value}
+            how = {**base, key: value}
             def call(how: dict[str, Any] = how) -> Any:
                 return ldm.sample("a red circle", pipe, **how, width=how["height"], output_type="latent",
                                   progress=False)
-            points.append([value, statistics.median(turns(clock, {"ldm": call}, 3)["ldm"])])
-        logs  = [(torch.tensor(float(a)).log2(), torch.tensor(b).log2()) for a, b in points]
-        slope = [float((q[1] - p[1]) / (q[0] - p[0])) for p, q in zip(logs, logs[1:], strict=False)]
-        print(f"scaling over {name}: {points}, exponents {[round(s, 2) for s in slope]}", flush=True)
-        results.append({"over": name, "points": points, "exponents": slope})
-    return results
+            points.append(point(value, turns(clock, {"run": call}, 3)["run"], _peak(clock.device, call)))
+        found.append({"what": f"{unit[key]}, {name}", "points": points})
+    return found
+
+
+def scaling_of_size(clock: Clock) -> dict[str, Any]:
+    def build() -> UNet:
+        return UNet(UNetConfig.from_hf(UNETS["SD 1.5"]))
+
+    def calls(unet: Callable[..., Any], sizes: tuple[int, ...]) -> dict[int, Callable[[], Any]]:
+        inputs = {size: unet_inputs("SD 1.5", 1, "cpu", torch.float32, size)[:3] for size in sizes}
+        return {size: lambda size=size: unet(*inputs[size]) for size in sizes}
+    with FakeTensorMode(), torch.no_grad():
+        counted = calls(build(), (256, 512, 768, 1024, 2048))
+        peaks   = {size: _peak("cpu", call) for size, call in counted.items()}
+    timed   = calls(filled(build, "cpu", torch.float32), (256, 512, 768, 1024))
+    seconds = {size: turns(clock, {"call": call}, 2, {"warm": timed[256]})["call"]
+               for size, call in timed.items()}
+    return {"what": "pixels a side, SD 1.5's U-Net, one guided call",
+            "points": [point(size, seconds.get(size), peak) for size, peak in peaks.items()]}
+
+
+def point(at: int, seconds: list[float] | None, peak: int) -> dict[str, Any]:
+    """One value of what is varied; no seconds where the run would take too long."""
+    one = {"at": at, "seconds": seconds and statistics.median(seconds), "bytes": peak}
+    print(f"scaling, {at}: {one['seconds']} s, {peak / 1e6:.1f} MB", flush=True)
+    return one
+
+
+def exponents(points: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """The p of y ∝ xᵖ: between neighbours, and of all by least squares; on logarithms both."""
+    x, y = zip(*((math.log(one["at"]), math.log(one[key])) for one in points if one[key]), strict=True)
+    return {"between": [(y[i + 1] - y[i]) / (x[i + 1] - x[i]) for i in range(len(x) - 1)],
+            "overall": statistics.linear_regression(x, y).slope}
 
 
 # ── Whole pictures on a GPU ─────────────────────────────────────────────────────────────────────────────────
@@ -480,24 +591,27 @@ def gpu_pictures(family: str, clock: Clock, dtype: torch.dtype, batch: int, step
 
 # ── Tables ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-def tables(result: dict[str, Any]) -> str:
-    """A result as Markdown."""
+def tables(name: str, result: dict[str, Any]) -> str:
+    """A result, and of which file, as Markdown."""
     m     = result["machine"]
     lines = [f"{m['device']}, {m['threads']} CPU threads, PyTorch {m['torch']}, diffusers {m['diffusers']}, "
              f"{m['date']}; clock {m['clock']}. {result['dtype']}; measured: "
              f"{result['rates']['flops'] / 1e12:.3g} TFLOP/s in a matrix product, "
-             f"{result['rates']['bytes'] / 1e9:.3g} GB/s in a copy.", "",
+             f"{result['rates']['bytes'] / 1e9:.3g} GB/s in a copy. The run took "
+             f"{sum(result['spent'].values()):.0f} s.", "",
              "| | | seconds (fastest … slowest) | it/s | pictures/s | of the floor | against diffusers | "
              "peak memory |",
              "|---|---|---|---|---|---|---|---|"]
     for one in result["rows"]:
-        for name, found in one["contestants"].items():
+        for who, found in one["contestants"].items():
             share  = f"{100 * found['of_floor']:.0f} %" if "of_floor" in found else ""
             ratio  = f"× {found['ratio']:.2f}" if "ratio" in found else ""
+            ratio += f", × {found['ratio_to_float32']:.2f} its float32" if "ratio_to_float32" in found else ""
             memory = f"{found['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in found else ""
+            memory += f", × {found['of_weights']:.2f} the weights" if "of_weights" in found else ""
             made   = f"{found['pictures_per_s']:.3g}" if "steps" in one["what"] else ""
             speed  = f"{found['it_per_s']:.3g}" if "step" in one["what"] else ""
-            lines.append(f"| {one['what']} | {name} | {found['seconds']:.3g} ({found['fastest']:.3g} … "
+            lines.append(f"| {one['what']} | {who} | {found['seconds']:.3g} ({found['fastest']:.3g} … "
                          f"{found['slowest']:.3g}) | {speed} | {made} | {share} | {ratio} | {memory} |")
     if result.get("changes"):
         lines += ["", "| change | before | after | gain | |", "|---|---|---|---|---|"]
@@ -505,19 +619,53 @@ def tables(result: dict[str, Any]) -> str:
             lines.append(f"| {one['what']} | {1e3 * one['before']:.3g} ms | {1e3 * one['after']:.3g} ms | "
                          f"× {one['ratio']:.2f} | {'' if one['kept'] else 'left out'} |")
     if result.get("memory"):
-        names = list(result["memory"][0]["bytes"])
+        names  = list(dict.fromkeys(name for one in result["memory"] for name in one["bytes"]))
         lines += ["", "| memory of tensors besides the weights | " + " | ".join(names) + " |",
                   "|---|" + "---|" * len(names)]
         for one in result["memory"]:
-            sizes = " | ".join(f"{size / 1e9:.2f} GB" for size in one["bytes"].values())
-            lines.append(f"| {one['what']} | {sizes} |")
+            sizes = [f"{one['bytes'][who] / 1e9:.3g} GB" if who in one["bytes"] else "" for who in names]
+            lines.append(f"| {one['what']} | {' | '.join(sizes)} |")
     if result.get("scaling"):
-        lines += ["", "| scaling over | seconds at each value | exponents between |", "|---|---|---|"]
-        for one in result["scaling"]:
-            points    = ", ".join(f"{at}: {seconds:.3g}" for at, seconds in one["points"])
-            exponents = ", ".join(f"{slope:.2f}" for slope in one["exponents"])
-            lines.append(f"| {one['over']} | {points} | {exponents} |")
+        lines += ["", f"![Seconds and memory over batch, steps and size](images/scaling-{name}.svg)", "",
+                  "| scaling over | at | seconds | exponent | memory | exponent |",
+                  "|---|---|---|---|---|---|"]
+    for one in result.get("scaling", []):
+        slopes = [[None, *one[f"{key}_exponents"]["between"]] for key in ("seconds", "bytes")]
+        for point, *both in itertools.zip_longest(one["points"], *slopes):
+            cells = (f"{point['seconds']:.3g}" if point["seconds"] else "", f"{point['bytes'] / 1e6:.3g} MB")
+            shown = " | ".join(f"{cell} | {'' if slope is None else f'{slope:.2f}'}"
+                               for cell, slope in zip(cells, both, strict=True))
+            lines.append(f"| {one['what']} | {point['at']} | {shown} |")
+        overall = [f"{one[f'{key}_exponents']['overall']:.2f}" for key in ("seconds", "bytes")]
+        lines.append(f"| {one['what']} | all | | {overall[0]} | | {overall[1]} |")
     return "\n".join(lines)
+
+
+def plot(name: str, result: dict[str, Any]) -> None:
+    """docs/images/scaling-NAME.svg, on logarithmic axes; a grey line shows proportion."""
+    import matplotlib
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "ldm", "svg.fonttype": "none", "font.size": 9})
+    import matplotlib.pyplot as plt
+    found = result["scaling"]
+    figure, axes = plt.subplots(2, len(found), figsize=(3.4 * len(found), 5.2), squeeze=False)
+    for column, one in zip(axes.T, found, strict=True):
+        for axis, key, unit, colour in zip(column, ("seconds", "bytes"), (1, 1e6), ("#0072B2", "#D55E00"),
+                                           strict=True):
+            x, y = zip(*((p["at"], p[key] / unit) for p in one["points"] if p[key]), strict=True)
+            power = 2 if "pixels" in one["what"] else 1
+            axis.plot(x, [y[0] * (at / x[0]) ** power for at in x], color="0.8", label=f"exponent {power}")
+            axis.plot(x, y, "o-", color=colour, markersize=4,
+                      label=f"measured, {one[f'{key}_exponents']['overall']:.2f}")
+            axis.set(xscale="log", yscale="log", ylabel="seconds" if key == "seconds" else "memory in MB")
+            axis.set_xticks(x, map(str, x))
+            axis.minorticks_off()
+            axis.legend(frameon=False)
+        column[0].set_title(", ".join(one["what"].split(", ")[1:]), fontsize=9)
+        column[1].set_xlabel(one["what"].split(", ")[0])
+    figure.tight_layout()
+    figure.savefig(IMAGES / f"scaling-{name}.svg", metadata={"Date": None})
+    plt.close(figure)
 
 
 def counted_table(found: dict[str, dict[str, float]]) -> str:
@@ -548,7 +696,7 @@ def page(text: str) -> str:
             table = counted_table(counts())
         elif file.exists():
             found = json.loads(file.read_text("utf-8"))
-            table = evaluations_table(found) if name == "evaluations" else tables(found)
+            table = evaluations_table(found) if name == "evaluations" else tables(name, found)
         else:
             table = "*Not measured yet; the command above fills this table.*"
         parts[i] = f"{name} -->\n{table}\n<!-- end -->{after}"
@@ -557,10 +705,38 @@ def page(text: str) -> str:
 
 # ── Command line ────────────────────────────────────────────────────────────────────────────────────────────
 
+def parts(args: argparse.Namespace, clock: Clock, result: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """What can be measured: name → function → pairs of a list in the JSON and what belongs into it."""
+    device, quick, peak = args.device, args.quick, result["rates"]["flops"]
+    dtype  = getattr(torch, result["dtype"])
+    flops  = {name: one["flops"] for name, one in result["counted"].items()}
+    step   = flops["SD 1.5, one call with guidance"]
+    decode = flops["decode, 512 × 512"]
+    rounds = {"step": 2 if quick else 7, "decode": 20 if device == "cuda" else 2 if quick else 5}
+    common = {
+        "decode":  lambda: ("rows", [one_decode(clock, dtype, rounds["decode"], peak, decode, quick)]),
+        "memory":  lambda: ("memory", memory(device, dtype, (512, 1024, 2048))),
+        "scaling": lambda: ("scaling", scaling(clock, dtype)),
+        "cold":    lambda: ("rows", cold(2 if quick else 5)),
+    }
+    if device == "cuda":
+        return {"pictures": lambda: ("rows", [
+            *(gpu_pictures("SD 1.5", clock, dtype, batch, 50, 5, step, peak) for batch in (1, 4, 16)),
+            gpu_pictures("SDXL base", clock, dtype, 1, 30, 5, flops["SDXL base, one call with guidance"],
+                         peak),
+        ]), **common}
+    return {"step":    lambda: ("rows", cpu_steps(clock, rounds["step"], peak, step, quick)),
+            **common,
+            "changes": lambda: ("changes", changes(clock, 9)),
+            "loading": lambda: ("rows", loading(args.folder, 3))}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--part", nargs="+", metavar="NAME", help=(
+        "step, decode, memory, scaling, cold, changes, loading; on a GPU pictures instead of three of them"))
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -570,39 +746,36 @@ def main() -> int:
     args = parser.parse_args()
     if args.tables:
         PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")
+        for file in RESULTS.glob("*.json"):
+            if "scaling" in (found := json.loads(file.read_text("utf-8"))):
+                plot(file.stem, found)
         return 0
     torch.set_num_threads(args.threads)
-    clock   = Clock(args.device)
-    dtype   = torch.float16 if args.device == "cuda" else torch.float32
-    counted = counts()
-    result: dict[str, Any] = {"machine": machine(args.device, clock.name),
-                              "dtype": str(dtype).removeprefix("torch."), "counted": counted,
-                              "rates": rates(clock, dtype), "rows": []}
-    print(json.dumps({key: result[key] for key in ("machine", "counted", "rates")}, indent=2), flush=True)
-    rows, flops = result["rows"], result["rates"]["flops"]
-    step = counted["SD 1.5, one call with guidance"]["flops"]
-    if args.device == "cuda":
-        for batch in (1, 4, 16):
-            rows.append(gpu_pictures("SD 1.5", clock, dtype, batch, 50, 5, step, flops))
-        rows.append(gpu_pictures("SDXL base", clock, dtype, 1, 30, 5,
-                                 counted["SDXL base, one call with guidance"]["flops"], flops))
-        rows.append(one_decode(clock, dtype, 20, flops, counted["decode, 512 × 512"]["flops"]))
-        result["memory"]  = decode_memory("cuda", dtype, (512, 1024, 2048))
-        result["scaling"] = scaling(clock, dtype)
+    clock = Clock(args.device)
+    here  = machine(args.device, clock.name)
+    file  = RESULTS / f"{args.name or (args.device + ('-quick' if args.quick else ''))}.json"
+    if args.part and file.exists():
+        result = json.loads(file.read_text("utf-8"))
+        if differs := [key for key in here if key != "date" and here[key] != result["machine"][key]]:
+            parser.error(f"{file.name} is of another machine ({', '.join(differs)}): give another --name")
     else:
-        result["changes"] = changes(clock, 3 if args.quick else 9)
-        rows.append(one_step(clock, dtype, 3 if args.quick else 7, flops, step))
-        rows.append(one_decode(clock, dtype, 2 if args.quick else 5, flops,
-                               counted["decode, 512 × 512"]["flops"]))
-        result["memory"] = decode_memory("cpu", dtype, (512, 1024, 2048))
-        if not args.quick:
-            result["scaling"] = scaling(clock, dtype)
-            rows.extend(loading(args.folder, 3))
-    rows.extend(cold(2 if args.quick else 5))
+        dtype  = torch.float16 if args.device == "cuda" else torch.float32
+        result = {"machine": here, "dtype": str(dtype).removeprefix("torch."), "counted": counts(),
+                  "rates": rates(clock, dtype), "spent": {"start": 0.0}}
+        result["spent"]["start"] = time.perf_counter() - START
+    print(json.dumps({key: result[key] for key in ("machine", "counted", "rates")}, indent=2), flush=True)
+    known = parts(args, clock, result)
+    if unknown := {*(args.part or ())} - {*known}:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(known)}")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    name = args.name or (args.device + ("-quick" if args.quick else ""))
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(f"written: {RESULTS / f'{name}.json'}")
+    for name in args.part or (QUICK if args.quick and args.device == "cpu" else known):
+        start = time.perf_counter()
+        key, new = known[name]()
+        kept = [one for one in result.get(key, []) if one["what"] not in {one["what"] for one in new}]
+        result[key] = kept + new
+        result["spent"][name] = time.perf_counter() - start
+        file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(f"written: {file}; {sum(result['spent'].values()):.0f} s in all")
     return 0
 
 

@@ -259,6 +259,8 @@ def test_wrong_flags_exit_with_2_before_any_work(words, message, calls, capsys):
     (ValueError("steps must be\n  at least 1"),           "ldm: error: steps must be at least 1"),
     (FileNotFoundError(2, "No such file", "unet"),        "ldm: error: unet: No such file"),
     (torch.OutOfMemoryError("CUDA out of memory. Tr…"),   "ldm: error: out of memory: try fewer or smaller"),
+    (torch.OutOfMemoryError("Out of memory for 4 picture(s); free are 1 GB. What helps: ldm.fast"),
+     "ldm: error: Out of memory for 4 picture(s); free are 1 GB: try fewer or smaller"),
     (RuntimeError("alloc: can't allocate memory: you …"), "ldm: error: out of memory: try fewer or smaller"),
     (MemoryError(),                                       "ldm: error: out of memory: try fewer or smaller"),
     (KeyError("conv_in"),                                 "ldm: error: KeyError: 'conv_in' (--debug shows"),

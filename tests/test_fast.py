@@ -75,13 +75,45 @@ def test_a_faster_unet_equals_diffusers(family, pack_all):
 @pytest.mark.parametrize("width", [320, 1280])
 def test_the_blocks_of_sd15_at_their_own_width(width):
     torch.manual_seed(0)
-    resnet      = nn.Sequential(ResBlock(width, width, None, 32, 1e-5))
-    transformer = nn.Sequential(TransformerBlock(width, 768, 8))
+    resnet      = ResBlock(width, width, None, 32, 1e-5)
+    transformer = TransformerBlock(width, 768, 8)
     x, tokens, context = torch.randn(1, width, 4, 4), torch.randn(1, 16, width), torch.randn(1, 77, 768)
-    quick = fast.packed(fast.in_place(resnet))
-    assert isinstance(quick[0].conv1, fast._PackedConv) == (width == 1280)
+    quick = fast.packed(resnet)
+    assert isinstance(quick.conv1, fast._PackedConv) == (width == 1280)
     assert relative(quick(x), resnet(x)) < 1e-5
-    assert relative(fast.in_place(transformer)[0](tokens, context), transformer[0](tokens, context)) < 1e-6
+    assert relative(fast.in_place(transformer)(tokens, context), transformer(tokens, context)) < 1e-6
+
+
+@torch.no_grad()
+def test_in_place_takes_less_memory():
+    _, unet = unet_pair(TINY_UNETS["SD 1.5"], torch.float32)
+    given   = unet_inputs(TINY_UNETS["SD 1.5"], torch.float32, (32, 32))[1]
+    with Peak() as plain:
+        unet(**given)
+    with Peak() as lean:
+        fast.in_place(unet)(**given)
+    assert lean.bytes < 0.9 * plain.bytes
+
+
+@torch.no_grad()
+def test_what_cannot_be_packed_stays_as_it_is(pack_all, monkeypatch):
+    def kind(network: nn.Module) -> type:
+        return type(fast.packed(nn.Sequential(network))[0])
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    assert kind(conv) is fast._PackedConv
+    assert kind(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")) is nn.Conv2d
+    assert kind(nn.Conv2d(4, 4, 3, padding=1, dtype=torch.float64)) is nn.Conv2d
+    for owner, name in ((torch.ops, "mkldnn"), (torch._C, "_nn")):
+        with monkeypatch.context() as patch:        # a PyTorch without the private operators
+            patch.setattr(owner, name, object())
+            assert kind(conv) is nn.Conv2d, name
+
+
+def test_peak_counts_what_is_made_and_no_view_of_what_was_there():
+    linear, x = nn.Linear(64, 32, bias=False), torch.randn(16, 64)
+    with torch.no_grad(), Peak() as peak:
+        linear(x)                                   # looks at the weight transposed
+    assert peak.bytes == 16 * 32 * 4
 
 
 def test_the_prompt_is_projected_once():

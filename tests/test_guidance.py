@@ -22,14 +22,15 @@ UNCOND = Conditioning(random(2, 7, 6, seed=4), vector=random(2, 3, seed=5), conc
 class Network:
     """Mixes all of its inputs, picture by picture; out of memory beyond `limit` pictures."""
 
-    def __init__(self, limit=99):
+    def __init__(self, limit=99, error=None):
         self.limit = limit
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
         self.sizes = []
 
     def __call__(self, x, t, context, vector):
         self.sizes.append(len(x))
         if len(x) > self.limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         told = context.mean(dim=(1, 2)) + (0 if vector is None else vector.sum(dim=1))
         more = x[:, 4:].sum(dim=1, keepdim=True)
         return torch.tanh(x[:, :4] + told[:, None, None, None]) + more * (t / 1000)
@@ -51,8 +52,11 @@ def test_one_call_for_both(scale, prediction):
     torch.testing.assert_close(guided, by_hand(denoiser, scale), rtol=0, atol=1e-12)
 
 
-def test_two_calls_from_the_moment_the_memory_is_short():
-    network  = Network(limit=3)
+@pytest.mark.parametrize("error", [None, *map(RuntimeError, [
+    "MPS backend out of memory (MPS allocated: 17.87 GB)", "DefaultCPUAllocator: not enough memory",
+    "DefaultCPUAllocator: can't allocate memory"])], ids=str)
+def test_two_calls_from_the_moment_the_memory_is_short(error):
+    network  = Network(limit=3, error=error)
     denoiser = Denoiser(network, SCHEDULE)
     denoise  = classifier_free(denoiser, COND, UNCOND, 7.5)
     guided   = denoise(X, SIGMA)

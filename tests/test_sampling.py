@@ -1,4 +1,5 @@
 """ldm.sample from end to end: against diffusers, against itself, and with arguments that make no sense."""
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,6 @@ def test_a_callback_can_stop_the_run(pipe):
 
 
 def test_scale_of_one_asks_neither_for_a_negative_prompt_nor_twice(pipe):
-    import dataclasses
     texts, batches = [], []
 
     def text(prompts):
@@ -127,7 +127,6 @@ def test_scale_of_one_asks_neither_for_a_negative_prompt_nor_twice(pipe):
 
 
 def test_guidance_interval_saves_calls_outside(pipe):
-    import dataclasses
     batches = []
 
     def unet(x, *rest):
@@ -211,13 +210,45 @@ def test_an_inpainting_model_says_what_it_is(tmp_path):
         pixels("a cat", tiny.write(tmp_path / "inpaint", in_channels=9))
 
 
-def test_out_of_memory_comes_with_advice(pipe):
-    import dataclasses
+SHORT = {"CUDA":    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB. GPU 0 has …"),
+         "MPS":     RuntimeError("MPS backend out of memory (MPS allocated: …). Tried to allocate 7.00 GiB"),
+         "Windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 7.00 GiB."),
+         "Linux":   None}                                       # its own words, see below
 
+
+@pytest.mark.parametrize("name", SHORT)
+def test_out_of_memory_comes_with_advice(pipe, name):
     def hungry(*_):
-        raise torch.OutOfMemoryError("tried to allocate 7 GiB")
-    with pytest.raises(torch.OutOfMemoryError, match=r"1 picture\(s\).*float16.*7 GiB"):
-        pixels("a cat", dataclasses.replace(pipe, unet=hungry))
+        raise SHORT[name] or torch.empty(2**50, dtype=torch.uint8)
+    tried   = r"7\.00 GiB" if SHORT[name] else f"{2**50} bytes"
+    weights = sum(weight.nbytes for weight in pipe.vae.parameters()) / 1e9
+    maps    = 3 * 4 * pipe.vae.config.channels[1] * 64 * 72 / 1e9
+    with pytest.raises(torch.OutOfMemoryError, match=(
+            rf"2 picture\(s\) of 72 × 64 pixels in float32; tried to get {tried}\. .*fewer pictures in one.*"
+            rf"bfloat16.*, {weights / 2:.3g} GB.*tiled.* {maps / 2:.3g} GB, not {maps:.3g} GB\.")):
+        pixels("a cat", dataclasses.replace(pipe, unet=hungry), num_images=2, width=72)
+
+
+def test_advice_where_there_is_a_gpu(folder, monkeypatch):
+    half    = ldm.load(folder, device="cpu", dtype="float16")
+    tiled   = dataclasses.replace(half, vae=ldm.fast.tiled(half.vae))
+    weights = sum(weight.nbytes for weight in half.unet.parameters()) / 1e9
+    monkeypatch.setattr(ldm.Pipeline, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_500_000_000, 16_000_000_000))
+    advice = ldm.sampling._advice(tiled, 1, 64, 64, SHORT["CUDA"])
+    for words in ("in float16; tried to get 7.00 GiB; free are 1.5 GB of 16 GB. ", "a smaller picture",
+                  f"ldm.fast.offload: one part on the device at a time, the largest {weights:.3g} GB."):
+        assert words in advice
+    assert "dtype=" not in advice                                               # it is half already
+    assert "tiled" not in advice
+    assert "tiled" in ldm.sampling._advice(half, 1, 64, 64, SHORT["CUDA"])
+
+
+def test_other_errors_stay_as_they_are(pipe):
+    def broken(*_):
+        raise RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit$"):
+        pixels("a cat", dataclasses.replace(pipe, unet=broken))
 
 
 def test_a_gradient_flows_through_a_whole_run_made_by_hand(pipe):
