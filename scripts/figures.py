@@ -177,10 +177,10 @@ def guidance_scales(pipe: ldm.Pipeline) -> None:
 
 
 def attention(pipe: ldm.Pipeline) -> None:
-    """Where each word of a prompt acts: cross-attention at 1/32 of the resolution, all steps and heads."""
+    """Where each word of a prompt acts: cross-attention at 1/16 of the resolution, all steps and heads."""
     prompt = "a red square above a blue circle"
     words  = pipe.text.tokenizer.tokenize(prompt)
-    cells  = pipe.defaults.height // 32
+    cells  = pipe.defaults.height // 16
     shares = []
 
     def keep(module, arguments, output):

@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
 import ldm
+from ldm.models import UNet, UNetConfig
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "scripts/embedded"
+sys.path.append(str(EMBEDDED))
 
 # Trains a line on samples that the step's number decides; the arguments: checkpoint, steps, samples a step.
 PROGRAM = """
@@ -85,6 +88,26 @@ def test_the_unet_begins_with_what_it_learned_at_half_the_size(tmp_path):
     assert (half["step"], unet["step"]) == (2, 1)
     for name, tensor in half["ema"].items():             # one step, at a hundredth of the rate of 1e-3
         torch.testing.assert_close(unet["unet"][name], tensor, rtol=0, atol=2e-5)
+
+
+def test_a_wider_unet_begins_as_the_narrow_one():
+    from widen import widen
+    torch.manual_seed(0)
+    narrow = UNet(UNetConfig(channels=(16, 24, 32), layers=2, depth=(0, 1, 2), mid_depth=2, heads=(2, 2, 4),
+                             groups=4, context_dim=12))
+    for parameter in narrow.parameters():
+        torch.nn.init.normal_(parameter, std=.1)
+    inputs  = torch.randn(3, 4, 16, 16), torch.tensor([3., 500., 999.]), torch.randn(3, 5, 12)
+    with torch.no_grad():
+        before = narrow(*inputs)
+        double = widen(narrow, (32, 48, 64))
+        torch.testing.assert_close(double(*inputs), before, rtol=0, atol=1e-5 * before.std().item())
+        part   = widen(narrow, (16, 24, 48))(*inputs)           # norms weigh some channels twice
+    assert 0 < (part - before).std() < .2 * before.std()
+    weight = double.down_blocks[1].resnets[0].conv1.weight
+    assert not torch.allclose(weight[:, ::2], weight[:, 1::2])          # the two of a pair can part
+    with pytest.raises(ValueError, match=r"levels of \(16, 24, 32\) can become up to twice"):
+        widen(narrow, (16, 24, 96))
 
 
 def finetune(*arguments: object) -> subprocess.CompletedProcess:

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; all by default")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and sheets")
     parser.add_argument("--assets", type=Path, default=Path(__file__).parents[2] / "ldm/assets/shapes")
-    parser.add_argument("--size", type=int, default=256, help="pixels of a picture's side")
+    parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
     parser.add_argument("--scenes", type=int, default=16384, help="training scenes for the U-Net")
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--text-steps", type=int, default=1200)

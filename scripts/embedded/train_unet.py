@@ -27,7 +27,7 @@ from ldm.models.vae import VAE
 from ldm.noise_schedule import NoiseSchedule
 from ldm.schedulers import dpm_solver_pp
 
-CONFIG = UNetConfig(channels=(32, 64, 160, 192), layers=1, depth=(0, 0, 1, 1), heads=(4, 4, 4, 4), groups=8,
+CONFIG = UNetConfig(channels=(64, 128, 192), layers=1, depth=(1, 1, 1), heads=(4, 4, 4), groups=8,
                     context_dim=128)
 BATCH = 32
 EMA_DECAY = .998
@@ -68,6 +68,10 @@ def encode_scenes(vae: VAE, out: Path, count: int, size: int, device: str) -> No
         print(f"encoded {len(latents)}/{count}", flush=True)
 
 
+def new_optimiser(unet: UNet) -> torch.optim.AdamW:
+    return torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.01, fused=True)
+
+
 def train(path: Path, vae: VAE, steps: int, scenes: int, size: int, device: str,
           begin: Path | None = None) -> None:
     """Trains to `path`, a checkpoint. `begin`: another one, with whose average of the weights to begin."""
@@ -83,8 +87,7 @@ def train(path: Path, vae: VAE, steps: int, scenes: int, size: int, device: str,
     on_gpu = device.startswith("cuda")
     network = torch.compile(unet) if on_gpu else unet
     ema = training.EMA(unet, EMA_DECAY)
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.01,
-                                  fused=True)
+    optimiser = new_optimiser(unet)
     schedule = NoiseSchedule.scaled_linear()
     sigmas = torch.from_numpy(schedule.table.astype(np.float32))
 
