@@ -244,7 +244,7 @@ def cpu_steps(clock: Clock, rounds: int, peak: float, flops: float, quick: bool)
         print("no rows in bfloat16: this CPU has neither avx512_bf16 nor amx_bf16, PyTorch would emulate it")
         return rows
     peak = rates(clock, torch.bfloat16)["flops"]
-    rows.append(one_step(clock, torch.bfloat16, rounds, peak, flops, quick))
+    rows.append(one_step(clock, torch.bfloat16, rounds, peak, flops, quick) | {"peak_flops": peak})
     for one in rows[1]["contestants"].values():
         one["ratio_to_float32"] = rows[0]["contestants"]["diffusers"]["seconds"] / one["seconds"]
     return rows
@@ -602,7 +602,7 @@ def tables(name: str, result: dict[str, Any]) -> str:
              "|---|---|---|---|---|---|---|---|"]
     for one in result["rows"]:
         for who, found in one["contestants"].items():
-            floor  = one["flops"] / result["rates"]["flops"]
+            floor  = one["flops"] / one.get("peak_flops", result["rates"]["flops"])
             share  = f"{100 * floor / found['seconds']:.0f} %" if floor else ""
             ratio  = f"× {found['ratio']:.2f}" if "ratio" in found else ""
             ratio += f", × {found['ratio_to_float32']:.2f} its float32" if "ratio_to_float32" in found else ""

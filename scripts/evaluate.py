@@ -2,7 +2,8 @@
 200] [--steps 25] …
 
 The prompts say colours, shapes, background, and where things are, in plain words;
-`scripts/embedded/checker.py` reads the pictures. Each share has a 95 % confidence interval (Wilson 1927).
+`scripts/embedded/checker.py` reads the pictures. Each share has a 95 % confidence interval (Wilson 1927), as
+if pictures of the same prompt were independent: with --seeds it is a little too narrow.
 """
 
 import argparse

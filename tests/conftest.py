@@ -21,6 +21,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random model in Hugging Face layout."""
+    import tiny
+    return tiny.write(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    """The tiny model, loaded; modules about other models have a `pipe` of their own."""
+    import ldm
+    return ldm.load(folder, device="cpu")
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     """Any use of the network is an error, though huggingface_hub believes that it is online."""

@@ -34,6 +34,7 @@ def test_all_take_turns_and_each_goes_first():
 def test_the_table_has_every_number():
     row = benchmark.row("load", {"diffusers": [2.0, 4.0], "ldm": [1.0, 1.0]},
                         memory={"diffusers": 9, "ldm": 8})
+    row |= {"flops": 1e12, "peak_flops": 2e12}               # of another type: a floor of half a second
     row["contestants"]["ldm"] |= {"of_weights": 1.03, "ratio_to_float32": 2.5}
     scaling = {"what": "steps", "points": [{"at": 1, "seconds": 0.5, "bytes": 7e6},
                                            {"at": 2, "seconds": None, "bytes": 28e6}],
@@ -45,7 +46,7 @@ def test_the_table_has_every_number():
         "rows": [row], "scaling": [scaling],
         "memory": [{"what": "step", "bytes": {"ldm": 1e9}}, {"what": "decode", "bytes": {"tiled": 2e9}}]})
     for words in ("took 67 s", "images/scaling-cpu.svg",
-                  "| load | ldm | 1 (1 … 1) |  |  |  | × 3.00, × 2.50 its float32 | 0.00 GB, × 1.03 the",
+                  "| load | ldm | 1 (1 … 1) |  |  | 50 % | × 3.00, × 2.50 its float32 | 0.00 GB, × 1.03 the",
                   "| step | 1 GB |  |", "| decode |  | 2 GB |", "| steps | 1 | 0.5 |  | 7 MB |  |",
                   "| steps | 2 |  |  | 28 MB | 2.00 |", "| steps | all | | 1.25 | | 2.00 |"):
         assert words in text

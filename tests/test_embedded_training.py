@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 import ldm
 from ldm.models import UNet, UNetConfig
+from ldm.training import EMA
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "scripts/embedded"
 sys.path.append(str(EMBEDDED))
@@ -106,8 +108,20 @@ def test_a_wider_unet_begins_as_the_narrow_one():
     assert 0 < (part - before).std() < .2 * before.std()
     weight = double.down_blocks[1].resnets[0].conv1.weight
     assert not torch.allclose(weight[:, ::2], weight[:, 1::2])          # the two of a pair can part
-    with pytest.raises(ValueError, match=r"levels of \(16, 24, 32\) can become up to twice"):
-        widen(narrow, (16, 24, 96))
+    for channels in ((16, 24, 96), (24, 24, 32), (16, 24)):
+        with pytest.raises(ValueError, match=r"levels of \(16, 24, 32\) can become up to twice"):
+            widen(narrow, channels)
+
+
+def test_training_goes_on_from_a_wider_unet(tmp_path):
+    from common import resume
+    from train_unet import new_optimiser
+    command = [sys.executable, EMBEDDED / "widen.py", tmp_path / "unet.pt", "32", "96", "128"]
+    subprocess.run(command, check=True)
+    unet = UNet(replace(ldm.load(device="cpu").unet.config, channels=(32, 96, 128)))
+    state = {"unet": unet, "ema": EMA(unet), "optimiser": new_optimiser(unet)}
+    assert resume(tmp_path / "unet.pt", state) == (0, 0.0)
+    assert torch.equal(unet.conv_in.weight, ldm.load(device="cpu").unet.conv_in.weight)
 
 
 def finetune(*arguments: object) -> subprocess.CompletedProcess:

@@ -1,6 +1,5 @@
 """ldm.img2img: against diffusers, against the exact solution, and at both ends of its strength."""
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -14,16 +13,6 @@ from ldm.noise import seeded
 from ldm.schedulers import SCHEDULERS
 
 QUICK = {"steps": 4, "spacing": "trailing", "scheduler": "euler"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def pipe(folder) -> ldm.Pipeline:
-    return ldm.load(folder, device="cpu")
 
 
 def painting(width: int = 72, height: int = 64, seed: int = 0) -> PIL.Image.Image:

@@ -1,6 +1,5 @@
 """ldm.sample from end to end: against diffusers, against itself, and with arguments that make no sense."""
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -12,16 +11,6 @@ import ldm
 from ldm.schedulers import SCHEDULERS
 
 QUICK = {"steps": 3, "spacing": "trailing", "height": 64, "width": 64}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def pipe(folder) -> ldm.Pipeline:
-    return ldm.load(folder, device="cpu")
 
 
 def pixels(*args, **kwargs) -> np.ndarray:

@@ -2,10 +2,13 @@
 
     vae     the autoencoder                             → FOLDER/vae, sheet vae.png
     text    tokenizer and text encoder                  → FOLDER/tokenizer, FOLDER/text_encoder
-    half    the U-Net on pictures of half the size       → FOLDER/half.pt, sheet half.png
     unet    the U-Net                                   → FOLDER/unet.pt, sheet unet.png
     polish  the decoder once more, alone                → FOLDER/vae
     export  float16 in Hugging Face layout              → --assets
+
+One more, only if it is named, before unet, which then begins with what it learned:
+
+    half    the U-Net on pictures of half the size      → FOLDER/half.pt, sheet half.png
 
 Start it again after a kill and it goes on from the last checkpoint in FOLDER. On several GPUs:
 
@@ -31,29 +34,29 @@ from export import export, load_vae
 from ldm.models.unet import UNet
 from ldm.training import EMA
 
-STAGES = ("vae", "text", "half", "unet", "polish", "export")
+STAGES = ("vae", "text", "unet", "polish", "export")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; all by default")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; these by default")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and sheets")
     parser.add_argument("--assets", type=Path, default=Path(__file__).parents[2] / "ldm/assets/shapes")
     parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
-    parser.add_argument("--scenes", type=int, default=16384, help="training scenes for the U-Net")
+    parser.add_argument("--scenes", type=int, default=24000, help="training scenes for the U-Net")
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--text-steps", type=int, default=1200)
-    parser.add_argument("--half-steps", type=int, default=8000)
-    parser.add_argument("--unet-steps", type=int, default=8000)
+    parser.add_argument("--half-steps", type=int, default=5000)
+    parser.add_argument("--unet-steps", type=int, default=5000)
     parser.add_argument("--polish-steps", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.device = join(args.device)
-    unknown = set(args.stages) - set(STAGES)
+    unknown = set(args.stages) - {*STAGES, "half"}
     if unknown:
-        parser.error(f"no stage named {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+        parser.error(f"no stage named {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}, half")
 
     for stage in args.stages or STAGES:
         if stage == "vae":
@@ -136,7 +139,7 @@ below, left and right. It knows nothing else.
 {rows}
 
 U-Net: batches of {batch}, AdamW at 1e-3, an exponential moving average of the weights (these are the ones
-here), half to a fifth of the timesteps from the noisiest fifth, 10 % of the captions empty.
+here), a quarter of the timesteps from the noisiest fifth, 10 % of the captions empty.
 {notes}
 ## Measured
 {measured}

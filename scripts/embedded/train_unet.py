@@ -1,11 +1,7 @@
 """Stage 3: the U-Net, on latents encoded beforehand, with captions written afresh each time a scene comes by.
 
-It learns at half the size first. What a caption means is learned there in a fraction of the time: a step
-costs less than half, and what covers fewer latents drowns in less noise, so that more of the timesteps ask
-what it is.
-
-v-prediction with a uniform weight. Layout is decided in the noisiest fifth of the timesteps: half of them are
-drawn from there alone at first, a fifth in the end.
+v-prediction with a uniform weight; a quarter of the timesteps is drawn from the noisiest fifth, where the
+layout is decided.
 """
 
 from pathlib import Path
@@ -27,11 +23,11 @@ from ldm.models.vae import VAE
 from ldm.noise_schedule import NoiseSchedule
 from ldm.schedulers import dpm_solver_pp
 
-CONFIG = UNetConfig(channels=(64, 128, 192), layers=1, depth=(1, 1, 1), heads=(4, 4, 4), groups=8,
+CONFIG = UNetConfig(channels=(32, 64, 128), layers=1, depth=(1, 1, 1), heads=(4, 4, 4), groups=8,
                     context_dim=128)
 BATCH = 32
-EMA_DECAY = .998
-NOISY_SHARE = .5, .2             # of the batch, at first and in the end
+EMA_DECAY = .996
+NOISY_SHARE = .25
 DROPPED = .1                    # captions replaced by the empty one
 SCENE_SEED = 20_000_000         # scene k of the training set is random_scene(Random(SCENE_SEED + k))
 PROMPTS = (
@@ -103,8 +99,7 @@ def train(path: Path, vae: VAE, steps: int, scenes: int, size: int, device: str,
         x0 = latents[chosen].float().to(device)
         text = states([caption(random_scene(Random(SCENE_SEED + k)), rng) for k in chosen.tolist()])
         text = training.drop_captions(text, empty, DROPPED, generator)
-        share = NOISY_SHARE[0] + (NOISY_SHARE[1] - NOISY_SHARE[0]) * i / steps
-        t = training.sample_timesteps(BATCH, noisy_share=share, generator=generator)
+        t = training.sample_timesteps(BATCH, noisy_share=NOISY_SHARE, generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=on_gpu):
             loss = training.denoising_loss(network, x0, noise, t.to(device), sigmas[t].to(device), text,

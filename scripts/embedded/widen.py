@@ -26,15 +26,17 @@ from ldm.training import EMA
 
 
 def widen(old: UNet, channels: tuple[int, ...], seed: int = 0) -> UNet:
-    """A U-Net with `channels` per level, each from one to two times what the old level has.
+    """A U-Net with `channels` per level, each from one to two times what the old level has; the first, which
+    is also the number of the time's Fourier features, just once or twice.
 
     Raises:
-        ValueError: a level would become narrower, or more than twice as wide.
+        ValueError: the channels are others.
     """
     pairs = list(zip(old.config.channels, channels, strict=False))
-    if len(old.config.channels) != len(channels) or not all(a <= b <= 2 * a for a, b in pairs):
+    if len(old.config.channels) != len(channels) or not all(a <= b <= 2 * a for a, b in pairs) \
+            or channels[0] not in (pairs[0][0], 2 * pairs[0][0]):
         raise ValueError(f"channels are {channels}; levels of {old.config.channels} can become up to twice "
-                         f"as wide.")
+                         f"as wide, the first exactly twice or not at all.")
     new       = UNet(replace(old.config, channels=channels))
     generator = torch.Generator().manual_seed(seed)
     copies    = {level: copies_of(a, b) for level, (a, b) in enumerate(pairs)}
