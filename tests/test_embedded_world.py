@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "embedd
 
 import checker
 import world
-from world import COLOURS, HELD_OUT, SHAPES, Scene, Thing, caption, random_scene, render
+from world import COLOURS, HELD_OUT, NOUNS, SHAPES, Scene, Thing, caption, forget, random_scene, render
 
 
 def thing(colour="red", shape="circle", size="large", texture="plain", place=(1, 1), x=.5, y=.5, radius=.22):
@@ -99,11 +99,31 @@ def test_captions_say_the_relation_the_right_way_round():
 
 def test_captions_vary_and_leave_things_out():
     scene = Scene((thing(size="small", radius=.11),), "green")
-    texts = [caption(scene, Random(i)).lower() for i in range(500)]
+    texts = [caption(forget(scene, Random(i)), Random(-i)).lower() for i in range(500)]
     assert len(set(texts)) > 250
     for word, at_least, at_most in (("red", .85, .98), ("green", .8, .97), ("background", .5, .97)):
         assert at_least < sum(word in text for text in texts) / 500 < at_most
     assert all(text.isascii() and "  " not in text for text in texts)
+
+
+def test_a_caption_says_a_colour_and_a_shape_unless_they_were_forgotten():
+    scene = Scene((thing("red", "circle"),), "green")
+    told  = [forget(scene, Random(i)).things[0] for i in range(500)]
+    assert {(t.colour, t.shape) for t in told} == {("red", "circle"), ("", "circle"), ("red", ""), ("", "")}
+    for i, t in enumerate(told):
+        text = caption(Scene((t,), "green"), Random(i)).lower()
+        assert ("red" in text) == (t.colour == "red"), text
+        assert any(noun in text for noun in NOUNS["circle"]) == (t.shape == "circle"), text
+        assert any(noun in text for noun in NOUNS[""]) == (t.shape == ""), text
+
+
+def test_captions_speak_of_more_than_there_are_pictures_of():
+    scene = random_scene(Random(3), count=1, colours=("teal", "gold"), shapes=("hexagon",))
+    text  = caption(scene, Random(0))
+    assert scene.things[0].colour in text
+    assert "hexagon" in text
+    with pytest.raises(ValueError, match="no shape named 'hexagon'"):
+        world.outline("hexagon")
 
 
 @pytest.mark.parametrize("size", [128, 256])

@@ -83,7 +83,7 @@ def run(path: Path, state: dict[str, Any], steps: int, learning_rate: float,
     every `every` steps.
 
     `state` names what a checkpoint holds: everything with a state_dict, an optimiser under "optimiser" among
-    it. The learning rate rises over 100 steps, stays, and falls linearly to 2 % over the last quarter.
+    it. The learning rate rises over 100 steps, stays, and falls linearly to 2 % over the second half.
 
     Under torchrun each process takes its own samples (`draw`) and the first one reports and saves.
     """
@@ -93,7 +93,7 @@ def run(path: Path, state: dict[str, Any], steps: int, learning_rate: float,
     sums: dict[str, float] = {}
     count = 0                                                              # of the steps in `sums`
     for i in range(done, steps):
-        rate = learning_rate * min(1, (i + 1) / 100, max(.02, (steps - i) / (.25 * steps)))
+        rate = learning_rate * min(1, (i + 1) / 100, max(.02, (steps - i) / (.5 * steps)))
         for group in optimiser.param_groups:
             group["lr"] = rate
         losses = step(i)

@@ -2,13 +2,10 @@
 
     vae     the autoencoder                             → FOLDER/vae, sheet vae.png
     text    tokenizer and text encoder                  → FOLDER/tokenizer, FOLDER/text_encoder
+    half    the U-Net's inner levels, at half the size  → FOLDER/half.pt, sheet half.png
     unet    the U-Net                                   → FOLDER/unet.pt, sheet unet.png
     polish  the decoder once more, alone                → FOLDER/vae
     export  float16 in Hugging Face layout              → --assets
-
-One more, only if it is named, before unet, which then begins with what it learned:
-
-    half    the U-Net on pictures of half the size      → FOLDER/half.pt, sheet half.png
 
 Start it again after a kill and it goes on from the last checkpoint in FOLDER. On several GPUs:
 
@@ -30,11 +27,11 @@ import train_unet
 import train_vae
 from common import join, once
 from export import export, load_vae
+from grow import grow
 
-from ldm.models.unet import UNet
-from ldm.training import EMA
+from ldm.models.unet import UNet, UNetConfig
 
-STAGES = ("vae", "text", "unet", "polish", "export")
+STAGES = ("vae", "text", "half", "unet", "polish", "export")
 
 
 def main() -> None:
@@ -42,10 +39,10 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; these by default")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and sheets")
     parser.add_argument("--assets", type=Path, default=Path(__file__).parents[2] / "ldm/assets/shapes")
-    parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a picture's side")
     parser.add_argument("--scenes", type=int, default=24000, help="training scenes for the U-Net")
     parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--text-steps", type=int, default=1200)
+    parser.add_argument("--text-steps", type=int, default=1300)
     parser.add_argument("--half-steps", type=int, default=5000)
     parser.add_argument("--unet-steps", type=int, default=5000)
     parser.add_argument("--polish-steps", type=int, default=1000)
@@ -54,9 +51,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.device = join(args.device)
-    unknown = set(args.stages) - {*STAGES, "half"}
+    unknown = set(args.stages) - set(STAGES)
     if unknown:
-        parser.error(f"no stage named {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}, half")
+        parser.error(f"no stage named {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
 
     for stage in args.stages or STAGES:
         if stage == "vae":
@@ -64,12 +61,14 @@ def main() -> None:
         elif stage == "text":
             train_text.train(args.out, args.text_steps, args.device)
         elif stage in ("half", "unet"):
-            vae, half = load_vae(args.out / "vae").to(args.device), args.out / "half.pt"
+            vae, path = load_vae(args.out / "vae").to(args.device), args.out / f"{stage}.pt"
+            torch.manual_seed(0)
+            unet = UNet(train_unet.INNER)
             if stage == "half":
-                train_unet.train(half, vae, args.half_steps, args.scenes, args.size // 2, args.device)
+                train_unet.train(path, unet, vae, args.half_steps, args.scenes, args.size // 2, args.device)
             else:
-                train_unet.train(args.out / "unet.pt", vae, args.unet_steps, args.scenes, args.size,
-                                 args.device, begin=half)
+                unet = grow(train_unet.averaged(args.out / "half.pt", unet))
+                train_unet.train(path, unet, vae, args.unet_steps, args.scenes, args.size, args.device)
         elif stage == "polish":
             train_vae.polish(args.out, args.polish_steps, args.size, args.device)
         else:
@@ -78,16 +77,13 @@ def main() -> None:
 
 def export_model(args: argparse.Namespace) -> None:
     saved = torch.load(args.out / "unet.pt", weights_only=True, map_location="cpu")
-    unet = UNet(train_unet.CONFIG)
-    ema = EMA(unet)
-    ema.load_state_dict(saved["ema"])
-    ema.swap()
-    export(args.out, args.assets, unet, args.size, card(args, saved))
+    unet = train_unet.averaged(args.out / "unet.pt", grow(UNet(train_unet.INNER)))
+    export(args.out, args.assets, unet, args.size, card(args, saved, unet.config))
     size = sum(file.stat().st_size for file in args.assets.rglob("*") if file.is_file())
     print(f"wrote {args.assets}: {size / 1e6:.1f} MB")
 
 
-def card(args: argparse.Namespace, unet: dict) -> str:
+def card(args: argparse.Namespace, unet: dict, config: UNetConfig) -> str:
     """The model card: what the model is and how these very weights came to be.
 
     Takes in what is written by hand in notes.md (how this run differed from the scripts) and measured.md (the
@@ -95,8 +91,8 @@ def card(args: argparse.Namespace, unet: dict) -> str:
     """
     minutes = {"U-Net": unet["seconds"] / 60}
     steps = {"U-Net": unet["step"]}
-    files = {"U-Net at half the size": "half.pt", "autoencoder": "vae.pt", "decoder, alone": "polish.pt",
-             "text encoder": "text.pt"}
+    files = {"U-Net, inner levels, at half the size": "half.pt", "autoencoder": "vae.pt",
+             "decoder, alone": "polish.pt", "text encoder": "text.pt"}
     for name, file in files.items():
         if (args.out / file).exists():
             saved = torch.load(args.out / file, weights_only=True, map_location="cpu")
@@ -108,8 +104,9 @@ def card(args: argparse.Namespace, unet: dict) -> str:
         f"{args.threads} threads of a {platform.machine()} CPU shared with other work"
     def written(name: str, otherwise: str) -> str:
         return (args.out / name).read_text() if (args.out / name).exists() else otherwise
-    return CARD.format(size=args.size, unet=train_unet.CONFIG, vae=load_vae(args.out / "vae").config,
+    return CARD.format(size=args.size, unet=config, vae=load_vae(args.out / "vae").config,
                        scenes=args.scenes, batch=train_unet.BATCH, rows=rows,
+                       noisy=train_unet.NOISY_SHARE, dropped=train_unet.DROPPED,
                        date=time.strftime("%Y-%m-%d"), machine=machine,
                        commit=commit.stdout.strip() or "not yet committed", torch=torch.__version__,
                        text=f"{train_text.LAYERS} layers of {train_text.WIDTH}, {train_text.LENGTH} tokens",
@@ -139,7 +136,7 @@ below, left and right. It knows nothing else.
 {rows}
 
 U-Net: batches of {batch}, AdamW at 1e-3, an exponential moving average of the weights (these are the ones
-here), a quarter of the timesteps from the noisiest fifth, 10 % of the captions empty.
+here), {noisy:.0%} of the timesteps from the noisiest fifth, {dropped:.0%} of the captions empty.
 {notes}
 ## Measured
 {measured}

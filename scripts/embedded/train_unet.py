@@ -1,4 +1,5 @@
-"""Stage 3: the U-Net, on latents encoded beforehand, with captions written afresh each time a scene comes by.
+"""Stages 3 and 4: the U-Net, on latents encoded beforehand, with captions written afresh each time a scene
+comes by; first its inner levels, on pictures of half the size (`grow.py`).
 
 v-prediction with a uniform weight; a quarter of the timesteps is drawn from the noisiest fifth, where the
 layout is decided.
@@ -13,7 +14,7 @@ from common import draw, once, pixels, run, sheet
 from torch import Tensor
 from train_text import tokens
 from transformers import CLIPTextModel, CLIPTokenizer
-from world import caption, random_scene
+from world import caption, forget, random_scene
 
 from ldm import training
 from ldm.denoiser import Conditioning, Denoiser
@@ -23,11 +24,11 @@ from ldm.models.vae import VAE
 from ldm.noise_schedule import NoiseSchedule
 from ldm.schedulers import dpm_solver_pp
 
-CONFIG = UNetConfig(channels=(32, 64, 128), layers=1, depth=(1, 1, 1), heads=(4, 4, 4), groups=8,
-                    context_dim=128)
+INNER = UNetConfig(channels=(64, 128, 192), layers=1, depth=(1, 1, 1), heads=(4, 4, 4), groups=8,
+                   context_dim=128)
 BATCH = 32
-EMA_DECAY = .996
-NOISY_SHARE = .25
+EMA_DECAY = .998
+NOISY_SHARE = .3
 DROPPED = .1                    # captions replaced by the empty one
 SCENE_SEED = 20_000_000         # scene k of the training set is random_scene(Random(SCENE_SEED + k))
 PROMPTS = (
@@ -68,18 +69,20 @@ def new_optimiser(unet: UNet) -> torch.optim.AdamW:
     return torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.01, fused=True)
 
 
-def train(path: Path, vae: VAE, steps: int, scenes: int, size: int, device: str,
-          begin: Path | None = None) -> None:
-    """Trains to `path`, a checkpoint. `begin`: another one, with whose average of the weights to begin."""
-    torch.manual_seed(0)
+def averaged(path: Path, unet: UNet) -> UNet:
+    """The U-Net with the average of the weights in a checkpoint."""
+    unet.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["ema"])
+    return unet
+
+
+def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, device: str) -> None:
+    """Trains to `path`, a checkpoint."""
     out = path.parent
-    once(lambda: encode_scenes(vae, out, scenes, size, device))
-    latents = torch.load(out / f"latents_{size}.pt", weights_only=True)[:scenes]
+    once(lambda: encode_scenes(vae, out, count, size, device))
+    latents = torch.load(out / f"latents_{size}.pt", weights_only=True)[:count]
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(out / "text_encoder").to(device).eval()
-    unet = UNet(CONFIG).to(device, memory_format=torch.channels_last)
-    if begin is not None and begin.exists():
-        unet.load_state_dict(torch.load(begin, weights_only=True, map_location=device)["ema"])
+    unet = unet.to(device, memory_format=torch.channels_last)
     on_gpu = device.startswith("cuda")
     network = torch.compile(unet) if on_gpu else unet
     ema = training.EMA(unet, EMA_DECAY)
@@ -97,7 +100,8 @@ def train(path: Path, vae: VAE, steps: int, scenes: int, size: int, device: str,
         generator, rng = torch.Generator().manual_seed(draw(i)), Random(30_000_000 + draw(i))
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
         x0 = latents[chosen].float().to(device)
-        text = states([caption(random_scene(Random(SCENE_SEED + k)), rng) for k in chosen.tolist()])
+        scenes = [random_scene(Random(SCENE_SEED + k)) for k in chosen.tolist()]
+        text = states([caption(forget(scene, rng), rng) for scene in scenes])
         text = training.drop_captions(text, empty, DROPPED, generator)
         t = training.sample_timesteps(BATCH, noisy_share=NOISY_SHARE, generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(device)

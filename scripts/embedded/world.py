@@ -10,7 +10,8 @@ row) of a 3x3 grid.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
@@ -65,20 +66,21 @@ class Scene:
 
 # ----------------------------------------------------------------------------------------------------- scenes
 
-def random_scene(rng: Random, held_out: bool = False, count: int | None = None) -> Scene:
+def random_scene(rng: Random, held_out: bool = False, count: int | None = None,
+                 colours: Sequence[str] = tuple(COLOURS), shapes: Sequence[str] = SHAPES) -> Scene:
     """A scene with one or two things (`count`; by itself two in 70 % of the cases).
 
     held_out=True draws from what training never sees: one thing of a held-out combination, or a held-out
-    pair.
+    pair. `colours` and `shapes` may have others than the world's; such a scene has a caption, but no picture.
     """
     count = count or (2 if rng.random() < .7 else 1)
     while True:
         kinds = _held_out_kinds(rng, count) if held_out else [
-            (rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(count)]
+            (rng.choice(colours), rng.choice(shapes)) for _ in range(count)]
         if len(set(kinds)) == count and (held_out or not is_held_out(kinds)):
             break
     taken = {colour for colour, _ in kinds}
-    free = [colour for colour in COLOURS if colour not in taken]
+    free = [colour for colour in colours if colour not in taken]
     background = "white" if "white" in free and rng.random() < .15 else rng.choice(free)
     backdrop = rng.choices(("plain", "shaded", "striped", "dotted"), (64, 24, 6, 6))[0]
     things = tuple(_thing(rng, *kind, place, alone=count == 1)
@@ -205,6 +207,7 @@ def outline(shape: str) -> list[tuple[list[tuple[float, float]], int]]:
 # --------------------------------------------------------------------------------------------------- captions
 
 NOUNS = {
+    "":         ("shape", "thing", "object"),
     "circle":   ("circle", "circle", "circle", "disc", "disk"),
     "square":   ("square", "square", "square", "box"),
     "triangle": ("triangle",),
@@ -253,8 +256,15 @@ PLACES = {
 }
 
 
+def forget(scene: Scene, rng: Random) -> Scene:
+    """The scene with some colours and shapes left blank (""), which a caption then does not say."""
+    return replace(scene, things=tuple(
+        replace(thing, colour="" if rng.random() < .07 else thing.colour,
+                shape="" if rng.random() < .06 else thing.shape) for thing in scene.things))
+
+
 def caption(scene: Scene, rng: Random) -> str:
-    """The scene in words; leaves attributes out at random.
+    """The scene in words; leaves sizes, textures, places and the background out at random.
 
     What is left unsaid has a most likely meaning: a white background, the middle of the picture, a medium
     plain thing.
@@ -279,8 +289,8 @@ def caption(scene: Scene, rng: Random) -> str:
 
 
 def _phrase(thing: Thing, rng: Random) -> str:
-    colour = "" if rng.random() < .07 else rng.choice(COLOUR_WORDS.get(thing.colour, (thing.colour,)))
-    noun = rng.choice(("shape", "thing", "object")) if rng.random() < .06 else rng.choice(NOUNS[thing.shape])
+    colour = rng.choice(COLOUR_WORDS.get(thing.colour, (thing.colour,)))
+    noun = rng.choice(NOUNS.get(thing.shape, (thing.shape,)))
     said = rng.random() < (.2 if thing.size == "medium" else .7)
     words = [rng.choice(SIZE_WORDS[thing.size])] if said else []
     tail = ""
