@@ -27,10 +27,10 @@ def test_no_lesson_is_forgotten():
 
 def test_1_the_order_of_a_sampler(lesson):
     errors = lesson(1)["errors"]
-    euler, heun = (errors[16][i] / errors[32][i] for i in (0, 1))
+    euler, heun = (errors[32][i] / errors[64][i] for i in (0, 1))
     assert 1.3 < euler < 3
     assert heun > 2
-    assert errors[32][1] < errors[32][0]
+    assert errors[64][1] < errors[64][0]
 
 
 def test_2_guidance_helps(lesson):
