@@ -65,8 +65,7 @@ MORE_PROMPTS = [
 def shapes(pipe: ldm.Pipeline) -> None:
     """The sheet at the head of README: 24 prompts, the seeds 0 to 23, the pictures scaled to 128 pixels."""
     prompts  = PROMPTS + MORE_PROMPTS
-    pictures = [image.reduce(image.width // 128) for image in ldm.sample(prompts, pipe, seed=0)]
-    images.grid(pictures, columns=8).save(IMAGES / "shapes.png")
+    images.grid(small(ldm.sample(prompts, pipe, seed=0)), columns=8).save(IMAGES / "shapes.png")
 
 
 def strip(pipe: ldm.Pipeline) -> None:
@@ -83,7 +82,7 @@ def strip(pipe: ldm.Pipeline) -> None:
 
     *_, x = schedulers.euler(watched, start(pipe, sigmas[0], 0), sigmas)
     rows  = [[*states[::3], x], [*guesses[::3], x]]
-    sheet = images.grid(decoded(pipe, torch.cat([*rows[0], *rows[1]])), columns=len(rows[0]))
+    sheet = images.grid(small(decoded(pipe, torch.cat([*rows[0], *rows[1]]))), columns=len(rows[0]))
     sheet.save(IMAGES / "strip.png")
 
 
@@ -173,7 +172,7 @@ def guidance_scales(pipe: ldm.Pipeline) -> None:
     scales  = (1, 2, 3, 5, 9)
     columns = [ldm.sample(PROMPTS[:6], pipe, guidance_scale=scale, seed=0) for scale in scales]
     rows    = [column[i] for i in range(6) for column in columns]
-    images.grid(rows, columns=len(scales)).save(IMAGES / "guidance.png")
+    images.grid(small(rows), columns=len(scales)).save(IMAGES / "guidance.png")
 
 
 def attention(pipe: ldm.Pipeline) -> None:
@@ -334,6 +333,11 @@ def bound(pipe: ldm.Pipeline, prompt: str):
 
 def decoded(pipe: ldm.Pipeline, latents: torch.Tensor) -> list[Image.Image]:
     return images.to_pil(images.to_unit(pipe.decode(latents)))
+
+
+def small(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Scaled to 128 pixels: a sheet of many should not weigh a megabyte."""
+    return [picture.reduce(picture.width // 128) for picture in pictures]
 
 
 def save(figure: plt.Figure, name: str) -> None:

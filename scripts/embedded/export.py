@@ -1,4 +1,4 @@
-"""Stage 4: the trained parts as a folder in Hugging Face layout, in float16, with a model card.
+"""The last stage: the trained parts as a folder in Hugging Face layout, in float16, with a model card.
 
 Here too: `load_vae`, with which the stages take over the autoencoder from each other.
 """

@@ -77,7 +77,8 @@ def main() -> None:
 
 def export_model(args: argparse.Namespace) -> None:
     saved = torch.load(args.out / "unet.pt", weights_only=True, map_location="cpu")
-    unet = train_unet.averaged(args.out / "unet.pt", grow(UNet(train_unet.INNER)))
+    unet = grow(UNet(train_unet.INNER))
+    unet.load_state_dict(saved["ema"])
     export(args.out, args.assets, unet, args.size, card(args, saved, unet.config))
     size = sum(file.stat().st_size for file in args.assets.rglob("*") if file.is_file())
     print(f"wrote {args.assets}: {size / 1e6:.1f} MB")
