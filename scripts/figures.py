@@ -4,17 +4,21 @@ Each function below is one picture or table in docs/images or docs/generated, an
 fixed and nothing is picked.
 """
 import math
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from random import Random
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "embedded")]
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
+from world import COLOURS
 
 import ldm
 from ldm import guidance, images, schedulers
@@ -285,6 +289,41 @@ def tasks(pipe: ldm.Pipeline) -> None:
     images.grid([picture, *stars, mask.convert("RGB"), *hearts], columns=8).save(IMAGES / "tasks.png")
 
 
+def fine_tuning(pipe: ldm.Pipeline) -> None:
+    """A shape the model does not know: six of 24 pictures of moons; six other prompts, before and after
+    scripts/finetune.py has shown it the pictures."""
+    prompts = [f"a {colour} moon on a {ground} background" for colour, ground in MOONS]
+    prompts += ["a yellow moon above a red square", "a white moon at the top right on a blue background"]
+    others  = [(a, b) for a in COLOURS for b in COLOURS if a != b and (a, b) not in MOONS]
+    rng     = Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures, out = Path(folder) / "pictures", Path(folder) / "out"
+        pictures.mkdir()
+        for i, (colour, ground) in enumerate(rng.sample(others, 24)):
+            moon(colour, ground, pipe.defaults.width, rng).save(pictures / f"{i:02}.png")
+            (pictures / f"{i:02}.txt").write_text(f"a {colour} moon on a {ground} background")
+        subprocess.run([sys.executable, ROOT / "scripts/finetune.py", pictures, out, "--steps", "300"],
+                       check=True)
+        shown  = [Image.open(pictures / f"{i:02}.png") for i in range(len(prompts))]
+        drawn  = [ldm.sample(prompts, model, seed=0) for model in (pipe, ldm.load(out / "model"))]
+        images.grid(small([*shown, *drawn[0], *drawn[1]]), len(prompts)).save(IMAGES / "fine_tuning.png")
+
+
+MOONS = [("yellow", "blue"), ("white", "black"), ("red", "green"), ("purple", "white")]
+
+
+def moon(colour: str, ground: str, side: int, rng: Random) -> Image.Image:
+    """A crescent near the middle: a disc without another one."""
+    disc, cut = (Image.new("L", (4 * side, 4 * side)) for _ in range(2))
+    r    = 4 * side * rng.uniform(.15, .22)
+    x, y = (4 * side * rng.uniform(.45, .55) for _ in range(2))
+    ImageDraw.Draw(disc).ellipse([x - r, y - r, x + r, y + r], fill=255)
+    ImageDraw.Draw(cut).ellipse([x - .4 * r, y - 1.05 * r, x + 1.5 * r, y + .85 * r], fill=255)
+    mask = ImageChops.subtract(disc, cut).reduce(4)
+    return Image.composite(Image.new("RGB", mask.size, COLOURS[colour]),
+                           Image.new("RGB", mask.size, COLOURS[ground]), mask)
+
+
 def unet_table(pipe: ldm.Pipeline) -> None:
     """Stable Diffusion 1.5's U-Net by level: shapes, shares of the parameters and of the multiplications."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -347,7 +386,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 FIGURES = {function.__name__: function for function in
            (shapes, strip, noise, ode, parametrisations, autoencoder, guidance_scales, attention,
-            scheduler_strips, orders, img2img, inpaint, tasks, unet_table)}
+            scheduler_strips, orders, img2img, inpaint, tasks, fine_tuning, unet_table)}
 
 if __name__ == "__main__":
     IMAGES.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 import json
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import ldm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "embedded"))
 
 import checker
+import limits
 
 FOLDER = Path(ldm.__file__).parent / "assets" / "shapes"
 
@@ -97,3 +99,16 @@ def test_diffusers_loads_the_folder_and_draws_the_same(pipe):
     found = ldm.sample(prompt, pipe, seed=5, output_type="np", progress=False)
     assert found.shape == expected.shape
     assert abs(torch.from_numpy(found) - torch.from_numpy(expected)).max() < 1e-3
+
+
+def test_the_text_encoder_says_what_captions_of_unseen_combinations_say(pipe):
+    reader = limits.trained_reader(pipe, count=500, steps=300)
+    for things in (1, 2):
+        scenes = limits.plain_scenes(Random(2), 200, things, unseen=True)
+        assert limits.read_right(pipe, reader, scenes) > .95
+
+
+def test_the_autoencoder_keeps_what_the_checker_reads(pipe):
+    from evaluate import scenes_of
+    for kind in ("one thing", "pair"):
+        assert limits.seen_right(pipe, scenes_of(kind, 10, seed=3), encode=True) >= .9

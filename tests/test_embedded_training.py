@@ -94,6 +94,24 @@ def test_the_unet_begins_with_what_it_learned_at_half_the_size(tmp_path):
         torch.testing.assert_close(unet["unet"][name], tensor, rtol=0, atol=2e-5)
 
 
+def test_training_a_finished_model_on_begins_with_its_weights_and_other_samples(tmp_path):
+    pipe = ldm.load(device="cpu")
+    pipe.save(tmp_path / "model")
+    def trained(seed: int) -> dict:
+        out = tmp_path / str(seed)
+        command = [sys.executable, EMBEDDED / "train.py", "unet", "--out", out, "--start", tmp_path / "model",
+                   "--size", "64", "--scenes", "4", "--unet-steps", "1", "--rate", "1e-3"]
+        command += ["--seed", str(seed), "--device", "cpu", "--threads", "1"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return torch.load(out / "unet.pt", weights_only=True)["unet"]
+    first, other = trained(0), trained(1)
+    for name, tensor in pipe.unet.state_dict().items():  # one step, at a hundredth of the rate
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=2e-5)
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
 def test_a_grown_unet_begins_as_the_small_one_at_twice_the_size():
     from grow import grow
     torch.manual_seed(0)

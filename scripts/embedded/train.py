@@ -10,6 +10,10 @@
 Start it again after a kill and it goes on from the last checkpoint in FOLDER. On several GPUs:
 
     torchrun --nproc-per-node 4 scripts/embedded/train.py --out FOLDER
+
+To train a model on, the one in the package for example, instead of beginning from nothing:
+
+    python scripts/embedded/train.py --out FOLDER --start ldm/assets/shapes --rate 5e-4 --seed 1
 """
 
 import argparse
@@ -29,6 +33,7 @@ from common import join, once
 from export import export, load_vae
 from grow import grow
 
+import ldm
 from ldm.models.unet import UNet, UNetConfig
 
 STAGES = ("vae", "text", "half", "unet", "polish", "export")
@@ -36,7 +41,7 @@ STAGES = ("vae", "text", "half", "unet", "polish", "export")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; these by default")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; all by default")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and sheets")
     parser.add_argument("--assets", type=Path, default=Path(__file__).parents[2] / "ldm/assets/shapes")
     parser.add_argument("--size", type=int, default=256, help="pixels of a picture's side")
@@ -46,6 +51,9 @@ def main() -> None:
     parser.add_argument("--half-steps", type=int, default=5000)
     parser.add_argument("--unet-steps", type=int, default=5000)
     parser.add_argument("--polish-steps", type=int, default=1000)
+    parser.add_argument("--start", type=Path, help="a model's folder: unet, export by default")
+    parser.add_argument("--rate", type=float, default=1e-3, help="the U-Net's highest learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of the U-Net's samples; a new one to train on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -55,7 +63,11 @@ def main() -> None:
     if unknown:
         parser.error(f"no stage named {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
 
-    for stage in args.stages or STAGES:
+    if args.start:
+        started = ldm.load(args.start, device="cpu", dtype="float32")
+        once(lambda: started.save(args.out))                    # autoencoder and text encoder for the stages
+
+    for stage in args.stages or (STAGES if not args.start else ("unet", "export")):
         if stage == "vae":
             train_vae.train(args.out, args.vae_steps, args.size, args.device)
         elif stage == "text":
@@ -63,12 +75,12 @@ def main() -> None:
         elif stage in ("half", "unet"):
             vae, path = load_vae(args.out / "vae").to(args.device), args.out / f"{stage}.pt"
             torch.manual_seed(0)
-            unet = UNet(train_unet.INNER)
-            if stage == "half":
-                train_unet.train(path, unet, vae, args.half_steps, args.scenes, args.size // 2, args.device)
-            else:
-                unet = grow(train_unet.averaged(args.out / "half.pt", unet))
-                train_unet.train(path, unet, vae, args.unet_steps, args.scenes, args.size, args.device)
+            unet, steps, size = UNet(train_unet.INNER), args.half_steps, args.size // 2
+            if stage == "unet":
+                unet = (started.unet.requires_grad_(True) if args.start else
+                        grow(train_unet.averaged(args.out / "half.pt", unet)))
+                steps, size = args.unet_steps, args.size
+            train_unet.train(path, unet, vae, steps, args.scenes, size, args.rate, args.seed, args.device)
         elif stage == "polish":
             train_vae.polish(args.out, args.polish_steps, args.size, args.device)
         else:

@@ -75,8 +75,9 @@ def averaged(path: Path, unet: UNet) -> UNet:
     return unet
 
 
-def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, device: str) -> None:
-    """Trains to `path`, a checkpoint."""
+def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, rate: float, seed: int,
+          device: str) -> None:
+    """Trains to `path`, a checkpoint; `rate` is the highest learning rate, `seed` decides what is drawn."""
     out = path.parent
     once(lambda: encode_scenes(vae, out, count, size, device))
     latents = torch.load(out / f"latents_{size}.pt", weights_only=True)[:count]
@@ -97,7 +98,8 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, d
     empty, prompted = states([""]), states(list(PROMPTS))
 
     def step(i: int) -> dict[str, Tensor]:
-        generator, rng = torch.Generator().manual_seed(draw(i)), Random(30_000_000 + draw(i))
+        number = seed * 1_000_000 + draw(i)
+        generator, rng = torch.Generator().manual_seed(number), Random(30_000_000 + number)
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
         x0 = latents[chosen].float().to(device)
         scenes = [random_scene(Random(SCENE_SEED + k)) for k in chosen.tolist()]
@@ -125,7 +127,7 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, d
         ema.swap()
         return "sheet written"
 
-    run(path, {"unet": unet, "ema": ema, "optimiser": optimiser}, steps, 1e-3, step, report, EVERY)
+    run(path, {"unet": unet, "ema": ema, "optimiser": optimiser}, steps, rate, step, report, EVERY)
 
 
 EVERY = 100
