@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ldm
+from ldm.printable import printable
 
 # Nothing above loads torch: that happens where a picture is made, so that --help and mistyped flags answer
 # at once.
@@ -157,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given, work = parse(words), make_pictures
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print("ldm: warning:", message, file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: print("ldm: warning:", printable(str(message)),
+                                                                   file=sys.stderr)
             work(given)
     except KeyboardInterrupt:
         print("ldm: stopped", file=sys.stderr)
@@ -230,7 +232,7 @@ def show_report(given: dict[str, Any]) -> None:
 def convert(given: dict[str, Any]) -> None:
     """`ldm convert FILE FOLDER`. The file's own dtype, if it has but one, is kept: so nothing is lost."""
     name  = given["model"]
-    there = ldm.inspect(name).dtypes if Path(name).expanduser().exists() else {}
+    there = ldm.inspect(name, given.get("variant")).dtypes if Path(name).expanduser().exists() else {}
     found = [dtype for dtype in DTYPES if dtype in there]
     exact = found[0] if len(found) == 1 and "vae" not in given else "float32"
     loading = {key: given[key] for key in LOAD_PARAMETERS if key in given and key != "dtype"}
@@ -301,8 +303,9 @@ def list_schedulers() -> None:
 
 
 def explain(error: Exception) -> str:
-    """An error as one line for a person: our own messages as they are, anything unexpected with its type."""
-    text = " ".join(str(error).split())
+    """An error as one line for a person: our own messages as they are, anything unexpected with its type.
+    Control characters, which may come from a file, are written out."""
+    text = printable(" ".join(str(error).split()))
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text:
         ours  = text.startswith("Out of memory for")
         asked = text.partition(". What helps:")[0] if ours else "out of memory"

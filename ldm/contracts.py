@@ -6,7 +6,7 @@ config, is taken as it is.
 """
 from typing import Any
 
-from .models import TinyVAEConfig, UNetConfig, VAEConfig
+from .models import VAE, TinyVAE, TinyVAEConfig, UNet, UNetConfig, VAEConfig
 from .text import ClipText, JoinedText
 
 SCALES = {False: 0.18215, True: 0.13025}    # of the latents: in Stable Diffusion 1.x and 2.x, and in XL
@@ -27,6 +27,11 @@ def check(pipeline: Any) -> None:
     if pipeline.prediction == "epsilon" and pipeline.schedule.betas[-1] == 1:
         raise ValueError("The U-Net predicts 'epsilon', but the schedule ends in pure noise (an SNR of 0), "
                          "where ε says nothing about the picture; such schedules are for 'v_prediction'.")
+    if isinstance(pipeline.unet, UNet) and isinstance(pipeline.vae, (VAE, TinyVAE)):
+        here, there = (next(part.parameters()).device for part in (pipeline.unet, pipeline.vae))
+        if here != there:
+            raise ValueError(f"The U-Net is on {here}, the autoencoder on {there}; load both with the same "
+                             f"device=, or move one of them there with .to().")
 
 
 def _text_and_unet(text: ClipText | JoinedText, unet: UNetConfig) -> None:

@@ -34,11 +34,20 @@ WIDE = 1280 * 640 * 9       # weights of a 3×3 convolution from which `packed` 
 
 
 def rebuilt(module: Module, rule: Callable[[nn.Module], nn.Module | None]) -> Module:
-    """The same tree of modules over the same tensors; but rule(child), where not None, for each child."""
-    twin = copy(module)
-    twin._modules = {name: child and (rule(child) or rebuilt(child, rule))
-                     for name, child in module._modules.items()}
-    return twin
+    """The same tree of modules over the same tensors; but rule(child), where not None, for each child. What
+    stands in two places of the tree is one module in the new one, too."""
+    known: dict[int, nn.Module] = {}
+
+    def made(part: nn.Module) -> nn.Module:
+        if id(part) not in known:
+            known[id(part)] = rule(part) or copied(part)
+        return known[id(part)]
+
+    def copied(part: nn.Module) -> nn.Module:
+        twin = copy(part)
+        twin._modules = {name: child and made(child) for name, child in part._modules.items()}
+        return twin
+    return cast(Module, copied(module))
 
 
 def replaced(module: Module, path: str, child: nn.Module) -> Module:
@@ -225,10 +234,15 @@ class _Graphed(nn.Module):
         self.network = network
         self.records: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
-    @torch.inference_mode()
     def forward(self, *args: Any, **named: Any) -> Tensor:
         leaves, tree = tree_flatten((args, named))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            _refuse_gradients(self, tensor, "graphed")
+        with torch.inference_mode():
+            return self._replayed(leaves, tree, tensors)
+
+    def _replayed(self, leaves: list[Any], tree: Any, tensors: list[Tensor]) -> Tensor:
         key     = tree, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         if key not in self.records:
             self.records[key] = self._record(leaves, tree)
@@ -485,12 +499,14 @@ def offload(pipeline: Pipeline, device: torch.device | str, *, layerwise: bool =
     """A pipeline whose weights stay where they are, usually on the CPU, and visit `device` when needed.
 
     One part at a time: text encoders, U-Net, encoder or decoder. So the device needs room for the largest
-    only, and each travels once a run. Noise and pictures are where the weights are.
+    only; the U-Net and the text encoders travel once a run, the decoder once for each picture. A refiner is
+    offloaded by itself, and then there are two visitors. Noise and pictures are where the weights are.
 
     layerwise: the U-Net visits layer by layer, in every call: slow, but there needs to be room for one layer.
     """
-    if any(isinstance(part, _Graphed) for part in getattr(pipeline.unet, "modules", list)()):
-        raise ValueError("What is recorded as a CUDA graph cannot move; use offload without graphed.")
+    if any(isinstance(part, (_Graphed, _PackedConv)) for part in getattr(pipeline.unet, "modules", list)()):
+        raise ValueError("What is recorded as a CUDA graph, or packed for a CPU, cannot move: give offload a "
+                         "pipeline that fast.optimize, graphed and packed have not changed.")
     room = _Room(torch.device(device))
     unet = cast(nn.Module, pipeline.unet)
     inside = rebuilt(unet, room.layers) if layerwise else _Visitor(unet, room)
@@ -523,13 +539,13 @@ class _Room:
 
 def _moved(module: Module, device: torch.device) -> Module:
     """The same tree over copies of the tensors on the device."""
-    twin = copy(module)
-    twin._parameters = {name: tensor if tensor is None else
-                        nn.Parameter(tensor.to(device, non_blocking=True), requires_grad=tensor.requires_grad)
-                        for name, tensor in module._parameters.items()}
-    twin._buffers = {name: tensor if tensor is None else tensor.to(device, non_blocking=True)
-                     for name, tensor in module._buffers.items()}
-    twin._modules = {name: child and _moved(child, device) for name, child in module._modules.items()}
+    twin = rebuilt(module, lambda part: None)
+    for part in twin.modules():
+        part._parameters = {name: tensor if tensor is None else
+                            nn.Parameter(tensor.to(device, non_blocking=True), tensor.requires_grad)
+                            for name, tensor in part._parameters.items()}
+        part._buffers = {name: tensor if tensor is None else tensor.to(device, non_blocking=True)
+                         for name, tensor in part._buffers.items()}
     return twin
 
 

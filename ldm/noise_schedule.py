@@ -71,6 +71,9 @@ class NoiseSchedule:
         Raises:
             ValueError: a kind of schedule that is not implemented; names the field.
         """
+        if str(config.get("_class_name", "")).startswith(("EDM", "FlowMatch")):
+            raise ValueError(f"scheduler_config.json is of {config['_class_name']}: its model was trained on "
+                             f"other noise levels than a list of β's gives, and ldm has no such models.")
         get = {key: value for key, value in config.items() if value is not None}.get
         steps, start, end = get("num_train_timesteps", 1000), get("beta_start", 0.0001), get("beta_end", 0.02)
         kind = get("beta_schedule", "linear")

@@ -11,10 +11,11 @@ A task is a start state, a slice of the σ's, and a wrapper of the denoiser; the
 import inspect
 import itertools
 import math
+import operator
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -372,8 +373,12 @@ def _batch(prompt: str | Sequence[str], negative: str | Sequence[str], seed: int
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; it must be at least 1.")
     count = len(prompts) * num_images
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count or not all(isinstance(s, int) and 0 <= s < 2**64 for s in seeds):
+    try:                                                            # integers of any kind: NumPy's too
+        seeds = ([operator.index(one) for one in seed] if isinstance(seed, Iterable) else
+                 [operator.index(seed) + i for i in range(count)])
+    except TypeError:
+        seeds = []
+    if len(seeds) != count or not all(0 <= s < 2**64 for s in seeds):
         raise ValueError(f"seed is {seed!r}; give one integer from 0 to 2⁶⁴ − 1, "
                          f"or one for each of the {count} pictures.")
     return ([text for text in prompts for _ in range(num_images)],

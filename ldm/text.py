@@ -30,7 +30,8 @@ class ClipText:
     too, as it did in training: CLIP is padded with end tokens, OpenCLIP with "!" (id 0). CLIP's own attention
     is causal, so a word knows only the words before it.
 
-    penultimate: as XL wants it, see the table.
+    penultimate: as XL wants it, see the table. It is not the "clip skip" of other programs, which use an
+                 earlier layer of Stable Diffusion 1.x, but with the final LayerNorm.
     """
     tokenizer: "CLIPTokenizer"
     model: "CLIPTextModel | CLIPTextModelWithProjection"

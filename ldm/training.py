@@ -34,7 +34,8 @@ def sample_timesteps(count: int, total: int = 1000, noisy_share: float = 0.0, no
     """
     uniform = torch.rand(2, count, generator=generator)
     first   = torch.where(uniform[0] < noisy_share, float(noisy_from), 0.0)
-    return (first + uniform[1] * (total - first)).long()
+    times   = (first + uniform[1] * (total - first)).long()
+    return times.clamp(max=total - 1)               # the largest uniform numbers are rounded up to `total`
 
 
 def drop_captions(text: Tensor, empty: Tensor, probability: float,

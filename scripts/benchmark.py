@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 import torch.nn.functional as F
-from oracles import SD, SD_VAE, UNETS
+from oracles import SD, SD_VAE, SDXL_VAE, UNETS
 from peak import Peak
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -178,10 +178,12 @@ def unets(family: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.M
     return ours, twin(lambda: diffusers.UNet2DConditionModel.from_config(config), ours)
 
 
-def vaes(device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def vaes(device: str, dtype: torch.dtype, family: str = "SD 1.5") -> tuple[nn.Module, nn.Module]:
+    """Both run in `dtype`, XL's as well: its published weights are too large for float16, these are not."""
     import diffusers
-    ours = filled(lambda: VAE(VAEConfig.from_hf(SD_VAE)), device, dtype)
-    return ours, twin(lambda: diffusers.AutoencoderKL.from_config(SD_VAE), ours)
+    config = {**(SDXL_VAE if family == "SDXL base" else SD_VAE), "force_upcast": False}
+    ours   = filled(lambda: VAE(VAEConfig.from_hf(config)), device, dtype)
+    return ours, twin(lambda: diffusers.AutoencoderKL.from_config(config), ours)
 
 
 # ── Taking turns ────────────────────────────────────────────────────────────────────────────────────────────
@@ -438,6 +440,7 @@ def _peak(device: str, call: Callable[[], Any]) -> int:
         with Peak() as peak:
             call()
         return peak.bytes
+    call()                                      # the first one also allocates the libraries' workspaces
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
@@ -546,40 +549,54 @@ def their_pipeline(family: str, unet: nn.Module, vae: nn.Module) -> Any:
     return pipe
 
 
-def gpu_pictures(family: str, clock: Clock, dtype: torch.dtype, batch: int, steps: int, rounds: int,
-                 flops: float, peak_flops: float) -> dict[str, Any]:
-    """Text states to pixels; diffusers eager and as its documentation compiles it."""
-    unet, their_unet = unets(family, "cuda", dtype)
-    vae, their_vae   = vaes("cuda", dtype)
+CONTESTANTS = ("diffusers", "ldm", "diffusers compiled", "ldm.fast", "ldm.fast compiled")
+
+
+def contestant(name: str, family: str, device: str, dtype: torch.dtype, batch: int,
+               steps: int) -> Callable[[], Any]:
+    """Text states to pixels, with own weights; diffusers eager, or as its documentation compiles it."""
+    unet, their_unet = unets(family, device, dtype)
+    vae, their_vae   = vaes(device, dtype, family)
     pipe   = stand_in(family, unet, vae)
+    if name.startswith("ldm"):
+        if "fast" in name:
+            pipe = fast.optimize(pipe, compile="compiled" in name)
+        return lambda: ldm.sample(["x"] * batch, pipe, steps=steps, output_type="pt", progress=False)
     cond   = pipe.text([""] * batch)
     states = {"prompt_embeds": cond.context, "negative_prompt_embeds": cond.context}
     if cond.vector is not None:
         states |= {"pooled_prompt_embeds": cond.vector, "negative_pooled_prompt_embeds": cond.vector}
+    theirs = their_pipeline(family, their_unet, their_vae)
+    if "compiled" in name:
+        theirs.unet.to(memory_format=torch.channels_last)
+        theirs.vae.to(memory_format=torch.channels_last)
+        theirs.unet       = torch.compile(theirs.unet, mode="max-autotune", fullgraph=True)
+        theirs.vae.decode = torch.compile(theirs.vae.decode, mode="max-autotune", fullgraph=True)
+    return lambda: theirs(**states, num_inference_steps=steps, output_type="pt")
 
-    def ours(pipe: ldm.Pipeline) -> Callable[[], Any]:
-        return lambda: ldm.sample(["x"] * batch, pipe, steps=steps, output_type="pt", progress=False)
 
-    def theirs(pipe: Any) -> Callable[[], Any]:
-        return lambda: pipe(**states, num_inference_steps=steps, output_type="pt")
-    compiled = their_pipeline(family, deepcopy(their_unet), deepcopy(their_vae))      # changed in place below
-    compiled.unet.to(memory_format=torch.channels_last)
-    compiled.vae.to(memory_format=torch.channels_last)
-    compiled.unet       = torch.compile(compiled.unet, mode="max-autotune", fullgraph=True)
-    compiled.vae.decode = torch.compile(compiled.vae.decode, mode="max-autotune", fullgraph=True)
-    calls = {"diffusers": theirs(their_pipeline(family, their_unet, their_vae)), "ldm": ours(pipe),
-             "diffusers compiled": theirs(compiled), "ldm.fast": ours(fast.optimize(pipe)),
-             "ldm.fast compiled": ours(fast.optimize(pipe, compile=True))}
-    seconds, memory = {}, {}
-    for name, call in calls.items():                # the first calls compile and record
-        with torch.inference_mode():
-            call()
+def gpu_peak(name: str, family: str, dtype: torch.dtype, batch: int) -> int:
+    """Bytes that one contestant alone, in this process, takes from the GPU for two steps, once it is warm.
+    Reserved, not allocated: what CUDA graphs hold counts too."""
+    call = contestant(name, family, "cuda", dtype, batch, 2)
+    with torch.inference_mode():
+        call()
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        seconds[name] = turns(clock, {name: call}, 1)[name]
-        memory[name]  = torch.cuda.max_memory_allocated()
-    seconds = turns(clock, calls, rounds)
+        call()
+    return torch.cuda.max_memory_reserved()
+
+
+def gpu_pictures(family: str, clock: Clock, dtype: torch.dtype, batch: int, steps: int, rounds: int,
+                 flops: float, peak_flops: float) -> dict[str, Any]:
+    """Seconds in turns, in this process; memory in a process for each contestant."""
+    def peak(name: str) -> int:
+        command = [sys.executable, __file__, "--peak", name, family, str(batch)]
+        return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+    memory  = {name: peak(name) for name in CONTESTANTS}
+    seconds = turns(clock, {name: contestant(name, family, "cuda", dtype, batch, steps)
+                            for name in CONTESTANTS}, rounds)
     decode  = counts()[f"decode, {SIZES[family]} × {SIZES[family]}"]["flops"]
     calls_of_unet = steps + (family == "SD 1.5")    # PNDM makes one more
     return row(f"{family}, {SIZES[family]}², {steps} steps, batch {batch}", seconds, steps=steps,
@@ -719,11 +736,14 @@ def parts(args: argparse.Namespace, clock: Clock, result: dict[str, Any]) -> dic
         "cold":    lambda: ("rows", cold(2 if quick else 5)),
     }
     if device == "cuda":
-        return {"pictures": lambda: ("rows", [
-            *(gpu_pictures("SD 1.5", clock, dtype, batch, 50, 5, step, peak) for batch in (1, 4, 16)),
-            gpu_pictures("SDXL base", clock, dtype, 1, 30, 5, flops["SDXL base, one call with guidance"],
-                         peak),
-        ]), **common}
+        xl = flops["SDXL base, one call with guidance"]
+        pictures: dict[str, Callable[[], Any]] = {
+            f"pictures-{batch}": lambda batch=batch: ("rows", [gpu_pictures("SD 1.5", clock, dtype, batch, 50,
+                                                                            5, step, peak)])
+            for batch in (1, 4, 16)}
+        pictures["pictures-xl"] = lambda: ("rows", [gpu_pictures("SDXL base", clock, dtype, 1, 30, 5, xl,
+                                                                 peak)])
+        return {**pictures, **common}
     return {"step":    lambda: ("rows", cpu_steps(clock, rounds["step"], peak, step, quick)),
             **common,
             "changes": lambda: ("changes", changes(clock, 9)),
@@ -735,7 +755,10 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--part", nargs="+", metavar="NAME", help=(
-        "step, decode, memory, scaling, cold, changes, loading; on a GPU pictures instead of three of them"))
+        "step, decode, memory, scaling, cold, changes, loading; on a GPU pictures-1, pictures-4, pictures-16 "
+        "and pictures-xl instead of step, changes and loading"))
+    parser.add_argument("--peak", nargs=3, metavar=("CONTESTANT", "FAMILY", "BATCH"), help=(
+        "print the bytes that one contestant takes from the GPU"))
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -748,6 +771,10 @@ def main() -> int:
         for file in RESULTS.glob("*.json"):
             if "scaling" in (found := json.loads(file.read_text("utf-8"))):
                 plot(file.stem, found)
+        return 0
+    if args.peak:
+        name, family, batch = args.peak
+        print(gpu_peak(name, family, torch.float16, int(batch)))
         return 0
     torch.set_num_threads(args.threads)
     clock = Clock(args.device)

@@ -137,9 +137,9 @@ def savings(judge: Judge, count: int) -> list[dict[str, Any]]:
         found = end(states(judge.denoise(unet, options.get("guidance_interval")), judge.start(sigmas[0])))
         pipe, right, spent = replace(judge.pipe, unet=unet), 0, 0.0
         for i in range(0, count, 20):
-            start  = time.process_time()
+            start  = time.perf_counter()
             images = ldm.sample(prompts[i:i + 20], pipe, seed=i, progress=False, **options)
-            spent += time.process_time() - start
+            spent += time.perf_counter() - start
             right += sum(verdict(scene, read(image))["both and relation"]
                          for scene, image in zip(scenes[i:i + 20], images, strict=True))
         results.append({"way": name, "error": judge.error(sigmas, found), "seconds": spent / count,

@@ -7,6 +7,7 @@ encoder and the autoencoder stay as they are. OUT/model becomes a folder in Hugg
 steps, and it goes on from there.
 """
 import argparse
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,16 @@ def main() -> None:
     state = {"unet": unet, "ema": ema, "optimiser": optimiser}
     run(args.out / "training.pt", state, args.steps, args.rate, step, lambda i: "", every=50)
     ema.swap()
-    once(lambda: replace(pipe, unet=unet.eval()).save(args.out / "model"))
+    once(lambda: write(replace(pipe, unet=unet.eval()), args.out / "model"))
+
+
+def write(pipe: ldm.Pipeline, folder: Path) -> None:
+    """Saves the model, in the place of one of an earlier run."""
+    building = folder.with_name("model.new")
+    shutil.rmtree(building, ignore_errors=True)
+    pipe.save(building)
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
 
 
 if __name__ == "__main__":

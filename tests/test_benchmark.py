@@ -73,3 +73,15 @@ def test_memory_of_a_step_and_a_decode_on_a_cpu():
     assert step["fast.in_place"] < step["ldm"] < step["diffusers"]
     assert decode["ldm"] == pytest.approx(3 * 256 * 128**2 * 4, rel=0.01)       # three maps of 256 channels
     assert found["decode, 64², float32"]["ldm"] == pytest.approx(decode["ldm"] / 4, rel=0.01)
+
+
+@pytest.mark.parametrize("family", benchmark.SIZES)
+def test_the_contestants_of_a_gpu_are_whole(family):
+    """Put together on the meta device, where nothing is computed; diffusers' too."""
+    unet, their_unet = benchmark.unets(family, "meta", torch.float16)
+    vae, their_vae   = benchmark.vaes("meta", torch.float16, family)
+    pipe   = benchmark.stand_in(family, unet, vae)
+    theirs = benchmark.their_pipeline(family, their_unet, their_vae)
+    assert pipe.defaults.height == theirs.unet.config.sample_size * theirs.vae_scale_factor
+    assert vae.config.scaling_factor == theirs.vae.config.scaling_factor
+    assert not theirs.vae.config.force_upcast

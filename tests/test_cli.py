@@ -338,6 +338,24 @@ def test_a_checkpoint_of_two_dtypes_is_converted_without_loss(tmp_path):
         assert all(torch.equal(after[name], tensor.float()) for name, tensor in before.items())
 
 
+def test_a_folder_with_nothing_but_a_variant_is_told_and_converted(tmp_path, capsys):
+    folder = tiny.write(tmp_path / "a")
+    for file in [*folder.rglob("*.safetensors")]:
+        save_file({name: tensor.half() for name, tensor in load_file(file).items()},
+                  file.with_name(f"{file.stem}.fp16.safetensors"), metadata={"format": "pt"})
+        file.unlink()
+    assert [*ldm.inspect(folder, "fp16").dtypes] == ["float16"]
+    run("convert", str(folder), str(tmp_path / "b"), "--variant", "fp16", "-q")
+    for part in ("unet", "vae"):
+        before = load_file(folder / part / "diffusion_pytorch_model.fp16.safetensors")
+        after  = load_file(tmp_path / "b" / part / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_an_error_does_not_command_the_terminal():
+    assert cli.explain(ValueError("lacks \x1b]0;owned\x07.weight")) == r"lacks \x1b]0;owned\x07.weight"
+
+
 def test_errors_of_the_other_commands_are_one_line(tmp_path, capsys):
     for words, message in (
             (("inspect", str(tmp_path / "no.ckpt")), "ldm: error: There is no file or folder "),

@@ -1,5 +1,6 @@
 """ldm/contracts.py: parts of different models are refused with one sentence; parts of one's own pass."""
 import re
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -39,6 +40,12 @@ def refused(pipeline, message, **parts):
 def test_every_family_and_the_embedded_model_are_in_order(pipelines):
     for pipeline in (*pipelines.values(), ldm.load(device="cpu")):
         assert replace(pipeline, name="checked again").name == "checked again"
+
+
+def test_networks_on_different_devices(pipelines):
+    one = pipelines["SD 1.5"]
+    refused(one, "U-Net is on cpu, the autoencoder on meta; load both with the same device=",
+            vae=deepcopy(one.vae).to("meta"))
 
 
 def test_the_width_of_the_context(pipelines):

@@ -157,3 +157,8 @@ def test_fine_tuning_on_a_folder(tmp_path):
     assert torch.equal(before.text(["a red circle"]).context, after.text(["a red circle"]).context)
     assert after.defaults == before.defaults
     assert torch.load(tmp_path / "out/training.pt", weights_only=True)["step"] == 3
+    run = finetune(pictures, tmp_path / "out", "--steps", 4, "--batch", 2, "--rate", 1e-3)      # it goes on
+    assert run.returncode == 0, run.stderr
+    assert torch.load(tmp_path / "out/training.pt", weights_only=True)["step"] == 4
+    more = ldm.load(tmp_path / "out/model", device="cpu").unet.state_dict()
+    assert any(not torch.equal(tensor, after.unet.state_dict()[name]) for name, tensor in more.items())

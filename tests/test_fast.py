@@ -1,6 +1,7 @@
 """What fast.py makes gives what it was made from gives, to rounding; the judge is diffusers."""
 import gc
 import weakref
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +53,16 @@ def test_rebuilt_and_replaced_share_tensors_and_leave_the_old_tree_alone():
     assert isinstance(new[1][0], nn.Identity)
     assert isinstance(old[1][0], nn.Linear)
     assert new[0] is old[0]
+
+
+def test_a_part_that_stands_in_two_places_stays_one_part():
+    shared = nn.Linear(2, 2)
+    old = nn.ModuleDict({"one": nn.Sequential(shared, nn.SiLU()), "two": nn.ModuleList([shared])})
+    for new in (fast.rebuilt(old, lambda part: None), fast._moved(old, torch.device("cpu"))):
+        assert new["one"][0] is new["two"][0]
+        assert new["one"][0] is not shared
+    new = fast.rebuilt(old, lambda part: copy(part) if isinstance(part, nn.Linear) else None)
+    assert new["one"][0] is new["two"][0]
 
 
 # ── U-Net ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -175,6 +186,8 @@ def test_what_gives_no_gradients_says_so(pack_all):
     given["x"].requires_grad_()
     with pytest.raises(RuntimeError, match=r"fast\.packed"):
         fast.packed(unet)(**given)
+    with pytest.raises(RuntimeError, match=r"fast\.graphed"):
+        fast.graphed(unet)(**given)                     # before it asks for a GPU
     _, vae = vae_pair(TINY_VAES["SD 1.5"], torch.float32)
     for call, shape in ((fast.tiled(vae).encode, (1, 3, 16, 16)), (fast.tiled(vae).decode, (1, 4, 2, 2))):
         with pytest.raises(RuntimeError, match=r"fast\.tiled"):
@@ -202,6 +215,29 @@ def test_deep_cache_renews_the_outermost_layers_only(family, layers):
     change = (ours(**nearby) - wanted).abs().max()
     error  = (cached(**nearby) - ours(**nearby)).abs().max()
     assert 0 < error < change
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["in_place", "packed", "channels_last"])
+def test_what_is_exact_goes_around_deep_cache_too(name, pack_all):
+    _, ours = unet_pair(TINY_UNETS["SD 1.5"], torch.float32)
+    given   = inputs(TINY_UNETS["SD 1.5"])[1]
+    cached, twin = fast.deep_cache(ours, every=3), EXACT[name](fast.deep_cache(ours, every=3))
+    for step in range(4):                               # whole, remembered, remembered, whole
+        now = {**given, "x": given["x"] + 0.1 * step}
+        assert relative(twin(**now), cached(**now)) < 1e-5
+
+
+def test_deep_cache_visits_too(pipe):
+    cached = replace(pipe, unet=fast.deep_cache(pipe.unet))
+    wanted = ldm.sample(model=cached, **CALL)
+    assert np.array_equal(ldm.sample(model=fast.offload(cached, "cpu"), **CALL), wanted)
+
+
+def test_what_cannot_move_is_not_offloaded(pipe, pack_all):
+    for make in (fast.packed, fast.graphed):
+        with pytest.raises(ValueError, match=r"cannot move: give offload a pipeline"):
+            fast.offload(replace(pipe, unet=make(pipe.unet)), "cpu")
 
 
 @torch.no_grad()

@@ -270,6 +270,8 @@ def test_the_last_sigma():
     for name in ("euler", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde"):
         assert SCHEDULERS[name].sigmas(SD, 5, config={"final_sigmas_type": "sigma_min"})[-1] == SD.sigma_min
     both = {"final_sigmas_type": "sigma_min", "set_alpha_to_one": False}
+    stray = {**oracles.SD, "_class_name": "EulerDiscreteScheduler"}     # a leftover in XL's file
+    assert SCHEDULERS["ddim"].sigmas(SD, 5, config=stray)[-1] == 0
     for name in ("lms", "heun", "euler_a", "ddpm"):                     # their classes have neither field
         assert SCHEDULERS[name].sigmas(SD, 5, config=both)[-1] == 0
 
@@ -282,6 +284,12 @@ def test_an_argument_goes_before_the_file():
     assert euler.sigmas(SD, 5, spacing="trailing", config=config) == SD.sigmas(5, "trailing")
     assert ddim.sigmas(SD, 5, config=config) == ddim.sigmas(SD, 5, config=oracles.SD)       # heeds no ramp
     assert ddim.sigmas(SD, 5, spacing="karras")[:-1] == ramp
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_a_file_without_betas_is_refused(name):
+    with pytest.raises(ValueError, match=f"is of {name}: its model was trained on other noise levels"):
+        NoiseSchedule.from_hf({"_class_name": name, "num_train_timesteps": 1000, "shift": 3.0})
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

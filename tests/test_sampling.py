@@ -152,6 +152,12 @@ def test_options_reach_the_scheduler(pipe):
     assert np.abs(plain - one).max() > 1e-3
 
 
+def test_numpys_integers_are_seeds(pipe):
+    wanted = pixels("a cat", pipe, seed=[3, 4], num_images=2)
+    np.testing.assert_array_equal(pixels("a cat", pipe, seed=np.int64(3), num_images=2), wanted)
+    np.testing.assert_array_equal(pixels("a cat", pipe, seed=np.array([3, 4]), num_images=2), wanted)
+
+
 def test_any_multiple_of_eight_is_a_size(pipe):
     assert pixels("a cat", pipe, height=72, width=8).shape == (1, 72, 8, 3)
 
@@ -161,6 +167,8 @@ def test_any_multiple_of_eight_is_a_size(pipe):
     ({"width": 4},                               ValueError, "multiple of 8: take 8"),
     ({"seed": -1},                               ValueError, "seed is -1"),
     ({"seed": [1, 2]},                           ValueError, "one for each of the 1 pictures"),
+    ({"seed": None},                             ValueError, "seed is None; give one integer"),
+    ({"seed": 1.5},                              ValueError, "seed is 1.5; give one integer"),
     ({"prompt": 3},                              TypeError,  "prompt is a text, or a list of texts; got 3"),
     ({"negative_prompt": None},                  TypeError,  "negative_prompt is a text"),
     ({"prompt": []},                             ValueError, "empty list"),

@@ -395,6 +395,13 @@ def test_a_scheduler_that_we_do_not_have(config):
         assert default_name(config) == "dpmpp_2m"
 
 
+@pytest.mark.parametrize(("field", "value"), [("solver_type", "heun"), ("use_lu_lambdas", True),
+                                              ("euler_at_final", True), ("interpolation_type", "log_linear")])
+def test_a_field_that_is_not_heeded_is_named(field, value):
+    with pytest.warns(UserWarning, match=f"{field} = {value!r}, which ldm does not heed"):
+        assert default_name({"_class_name": "DPMSolverMultistepScheduler", field: value}) == "dpmpp_2m"
+
+
 def test_the_missing_fields_of_old_files():
     assert default_name({"_class_name": "PNDMScheduler", "skip_prk_steps": True}) == "pndm"
     assert default_name({"_class_name": "PNDMScheduler"}) == "pndm_prk"

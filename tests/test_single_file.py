@@ -177,6 +177,8 @@ def test_keys_tell_v_and_a_terminal_snr_of_zero(made, tmp_path):
     pipe   = ldm.load(marked, device="cpu")
     assert pipe.prediction == "v_prediction"
     assert np.array_equal(pipe.schedule.betas, NoiseSchedule.scaled_linear().zero_terminal_snr().betas)
+    row = ldm.schedulers.find(pipe.defaults.scheduler)
+    assert row.sigmas(pipe.schedule, 20, config=pipe.scheduler_config)[0] == pipe.schedule.sigma_max
 
 
 def test_prediction_of_a_folder_can_be_overridden(made, tmp_path):
@@ -309,6 +311,7 @@ def test_load_vae(made, tmp_path):
     assert scaled.config.scaling_factor == 0.13025
     pipe = ldm.load(path, device="cpu", vae=tmp_path / "bare.safetensors")      # its scale is the model's own
     assert pipe.vae.config == ldm.load(path, device="cpu").vae.config
+    assert ldm.load_vae(path, scaling_factor=0.18215).config.scaling_factor == 0.13025      # of a whole file
     with pytest.raises(ValueError, match=r"like an autoencoder in LDM names.*read it with ldm\.load_vae"):
         ldm.load(tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="it has no vae"):

@@ -96,6 +96,13 @@ def test_timesteps_cover_the_range_and_favour_the_noisy_end_as_asked():
     assert training.sample_timesteps(1000, noisy_share=1, noisy_from=900, generator=generator).min() >= 900
 
 
+def test_the_largest_uniform_number_is_not_rounded_to_a_time_that_does_not_exist(monkeypatch):
+    largest = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, largest))
+    assert training.sample_timesteps(3, noisy_share=1).tolist() == [999] * 3
+    assert training.sample_timesteps(3).tolist() == [999] * 3
+
+
 def test_captions_are_dropped_whole_and_as_often_as_asked():
     text, empty = torch.ones(20_000, 2, 3), torch.zeros(1, 2, 3)
     dropped = training.drop_captions(text, empty, .1, torch.Generator().manual_seed(0))

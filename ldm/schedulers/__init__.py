@@ -65,8 +65,10 @@ class Row:
             ramps   = ("karras", "exponential", "beta")
             spacing = next((ramp for ramp in ramps if config.get(f"use_{ramp}_sigmas")), None)
         last = self.last
-        if self.last_field == "set_alpha_to_one" and config.get("set_alpha_to_one") is not None:
-            last = "zero" if config["set_alpha_to_one"] else "sigma_min"
+        if self.last_field == "set_alpha_to_one":
+            heeded = config.get("_class_name") in (None, "DDIMScheduler", "PNDMScheduler")
+            if heeded and config.get("set_alpha_to_one") is not None:           # elsewhere it is a leftover
+                last = "zero" if config["set_alpha_to_one"] else "sigma_min"
         elif self.last_field:
             last = config.get(self.last_field) or last
         grid = None
@@ -155,4 +157,13 @@ def default_name(config: Mapping[str, Any]) -> str:
     if name is None:
         warnings.warn(f"The model's scheduler is {kind} (algorithm {algorithm}, order {order}), "
                       f"which ldm does not have; taking 'dpmpp_2m'.", stacklevel=2)
+    for field, usual in USUAL.items():
+        if config.get(field) not in (None, usual):
+            warnings.warn(f"The model's scheduler_config.json has {field} = {config[field]!r}, which ldm "
+                          f"does not heed: the pictures will differ from those of diffusers.", stacklevel=2)
     return name or "dpmpp_2m"
+
+
+# Fields of a scheduler_config.json that change a method in diffusers, and the value that ldm has built in.
+USUAL = {"solver_type": "midpoint", "euler_at_final": False, "use_lu_lambdas": False,
+         "use_flow_sigmas": False, "interpolation_type": "linear"}

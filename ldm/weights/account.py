@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..printable import printable
 from . import detect
 from .detect import UNKNOWN
 from .load import Part, plan, shown, skeleton
@@ -63,28 +64,24 @@ class Report:
                  *(("tensors", f"{count:,} {fate}") for fate, count in fates),
                  *(("unknown", name) for name in self.unknown),
                  *(("problem", text) for text in self.problems)]
-        return "\n".join(f"{label:<11}{_plain(text)}" for label, text in rows)
+        return "\n".join(f"{label:<11}{printable(text)}" for label, text in rows)
 
 
-def _plain(text: str) -> str:
-    """Without control characters: names from a file must not command the terminal that shows them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def inspect(path: str | Path) -> Report:
+def inspect(path: str | Path, variant: str | None = None) -> Report:
     """What a checkpoint file or a folder holds: family, prediction, dtypes, and what becomes of every tensor.
 
     Reads names and shapes, of the numbers a few hundred at most, and runs nothing that is in the files.
 
     path: a single file (`.safetensors`, `.ckpt` …) of a whole model, an autoencoder, a LoRA …, or a local
           folder in Hugging Face layout, of a pipeline or of one part.
+    variant: flavour of the weight files of a folder, such as "fp16".
 
     FileNotFoundError: there is none. ValueError: a damaged file.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"There is no file or folder {path.absolute()}")
-    return _folder(path) if path.is_dir() else _file(path)
+    return _folder(path, variant) if path.is_dir() else _file(path)
 
 
 def _file(path: Path) -> Report:
@@ -108,16 +105,16 @@ def _file(path: Path) -> Report:
     return Report(path, what, file.prediction, file.evidence, *_numbers(file.state), ema, account, problems)
 
 
-def _folder(path: Path) -> Report:
+def _folder(path: Path, variant: str | None) -> Report:
     if (path / "model_index.json").is_file():
-        source = Folder(path)
+        source = Folder(path, variant)
         parts  = {name: source.part(name) for name in ("unet", "vae", *source.encoders)}
         found  = source.scheduler.get("prediction_type") or "epsilon"
         family = detect.find_family(parts["unet"].config, found, path.name)
         report = partial(Report, path, f"{family.name}: a folder in Hugging Face layout", found,
                          "scheduler_config.json")
     else:
-        part   = read_part(path)
+        part   = read_part(path, variant)
         name   = part.config.get("_class_name", "CLIPTextModel")        # transformers writes "architectures"
         parts  = {PARTS_OF.get(name, name): part}
         report = partial(Report, path, f"a folder of {detect.kind(part.tensors)}", None, "")

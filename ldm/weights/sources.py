@@ -93,7 +93,9 @@ class File:
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        zero = {"rescale_betas_zero_snr": True} if "ztsnr" in self.others else {}
+        zero: dict[str, Any] = {}
+        if "ztsnr" in self.others:              # trailing spacing is the one that visits the pure noise
+            zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return {**self.family.scheduler, "prediction_type": self.prediction, **zero}
 
     @property
@@ -142,8 +144,10 @@ def open_vae(name: str | Path, *, variant: str | None = None, revision: str | No
     if not path.is_file():
         return read_part(find_vae(name, variant=variant, revision=revision), variant)
     _only_for_folders(path, variant=variant, revision=revision)
-    part = open_file(path).part("vae")
-    if scaling_factor is None or part.config["_class_name"] == "AutoencoderTiny":
+    file = open_file(path)
+    part = file.part("vae")
+    known = "unet" in file.parts or part.config["_class_name"] == "AutoencoderTiny"
+    if scaling_factor is None or known:
         return part
     return part._replace(config={**part.config, "scaling_factor": scaling_factor})
 

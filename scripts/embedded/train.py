@@ -19,6 +19,7 @@ To train a model on, the one in the package for example, instead of beginning fr
 import argparse
 import os
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -65,7 +66,7 @@ def main() -> None:
 
     if args.start:
         started = ldm.load(args.start, device="cpu", dtype="float32")
-        once(lambda: started.save(args.out))                    # autoencoder and text encoder for the stages
+        once(lambda: take_over(started, args.out))
 
     for stage in args.stages or (STAGES if not args.start else ("unet", "export")):
         if stage == "vae":
@@ -85,6 +86,18 @@ def main() -> None:
             train_vae.polish(args.out, args.polish_steps, args.size, args.device)
         else:
             once(lambda: export_model(args))
+
+
+def take_over(model: ldm.Pipeline, out: Path) -> None:
+    """Puts autoencoder, tokenizer and text encoder of a model, in float32, where the stages look for them."""
+    if (out / "vae").exists():                                  # an earlier start has done it
+        return
+    shutil.rmtree(out / "start", ignore_errors=True)
+    model.save(out / "start")
+    for part in ("tokenizer", "text_encoder", "vae"):
+        shutil.rmtree(out / part, ignore_errors=True)
+        (out / "start" / part).rename(out / part)
+    shutil.rmtree(out / "start")
 
 
 def export_model(args: argparse.Namespace) -> None:
@@ -119,7 +132,7 @@ def card(args: argparse.Namespace, unet: dict, config: UNetConfig) -> str:
         return (args.out / name).read_text() if (args.out / name).exists() else otherwise
     return CARD.format(size=args.size, unet=config, vae=load_vae(args.out / "vae").config,
                        scenes=args.scenes, batch=train_unet.BATCH, rows=rows,
-                       noisy=train_unet.NOISY_SHARE, dropped=train_unet.DROPPED,
+                       rate=args.rate, noisy=train_unet.NOISY_SHARE, dropped=train_unet.DROPPED,
                        date=time.strftime("%Y-%m-%d"), machine=machine,
                        commit=commit.stdout.strip() or "not yet committed", torch=torch.__version__,
                        text=f"{train_text.LAYERS} layers of {train_text.WIDTH}, {train_text.LENGTH} tokens",
@@ -148,7 +161,7 @@ below, left and right. It knows nothing else.
 |---|---|---|
 {rows}
 
-U-Net: batches of {batch}, AdamW at 1e-3, an exponential moving average of the weights (these are the ones
+U-Net: batches of {batch}, AdamW at {rate:g}, an exponential moving average of the weights (these are the ones
 here), {noisy:.0%} of the timesteps from the noisiest fifth, {dropped:.0%} of the captions empty.
 {notes}
 ## Measured

@@ -10,7 +10,7 @@ from random import Random
 
 import numpy as np
 import torch
-from common import draw, once, pixels, run, sheet
+from common import draw, once, pixels, run, save, sheet
 from torch import Tensor
 from train_text import tokens
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -61,7 +61,7 @@ def encode_scenes(vae: VAE, out: Path, count: int, size: int, device: str) -> No
             new = [vae.encode(pixels(scenes[i:i + 32], size).to(device))[0].cpu().half()
                    for i in range(0, len(scenes), 32)]
         latents = torch.cat([latents, *new])
-        torch.save(latents, path)
+        save(latents, path)
         print(f"encoded {len(latents)}/{count}", flush=True)
 
 
