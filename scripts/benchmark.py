@@ -139,6 +139,10 @@ def counts() -> dict[str, dict[str, float]]:
             unet   = UNet(UNetConfig.from_hf(UNETS[family]))
             inputs = unet_inputs(family, 1, "meta", torch.float32)
             count(f"{family}, one call with guidance", unet, lambda unet=unet, inputs=inputs: unet(*inputs))
+        unet = UNet(UNetConfig.from_hf(UNETS["SD 1.5"]))
+        for size in (256, 768, 1024):                           # for the bends of `scaling`
+            inputs = unet_inputs("SD 1.5", 1, "meta", torch.float32, size)
+            count(f"the same of SD 1.5 at {size} × {size}", unet, lambda inputs=inputs: unet(*inputs))
         for size in (512, 1024):
             vae = VAE(VAEConfig.from_hf(SD_VAE))
             z   = torch.randn(1, 4, size // 8, size // 8)
@@ -648,7 +652,9 @@ def tables(name: str, result: dict[str, Any]) -> str:
     for one in result.get("scaling", []):
         slopes = [[None, *one[f"{key}_exponents"]["between"]] for key in ("seconds", "bytes")]
         for point, *both in itertools.zip_longest(one["points"], *slopes):
-            cells = (f"{point['seconds']:.3g}" if point["seconds"] else "", f"{point['bytes'] / 1e6:.3g} MB")
+            room  = point["bytes"] / 1e6
+            cells = (f"{point['seconds']:.3g}" if point["seconds"] else "",
+                     f"{room:.0f} MB" if room >= 100 else f"{room:.3g} MB")
             shown = " | ".join(f"{cell} | {'' if slope is None else f'{slope:.2f}'}"
                                for cell, slope in zip(cells, both, strict=True))
             lines.append(f"| {one['what']} | {point['at']} | {shown} |")
@@ -781,7 +787,7 @@ def main() -> int:
     here  = machine(args.device, clock.name)
     file  = RESULTS / f"{args.name or (args.device + ('-quick' if args.quick else ''))}.json"
     if args.part and file.exists():
-        result = json.loads(file.read_text("utf-8"))
+        result = json.loads(file.read_text("utf-8")) | {"counted": counts()}
         if differs := [key for key in here if key != "date" and here[key] != result["machine"][key]]:
             parser.error(f"{file.name} is of another machine ({', '.join(differs)}): give another --name")
     else:

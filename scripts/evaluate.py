@@ -109,7 +109,8 @@ def main() -> None:
         for name, right in counts.items():
             low, high = wilson(right, len(scenes))
             print(f"| {kind} | {name} | {right / len(scenes):.1%} | {low:.1%} to {high:.1%} |", flush=True)
-    print(f"\n{args.count} prompts of each kind, {args.seeds} pictures of each, seeds from {args.seed}; "
+    several = "1 picture" if args.seeds == 1 else f"{args.seeds} pictures"
+    print(f"\n{args.count} prompts of each kind, {several} of each, seeds from {args.seed}; "
           f"{(time.time() - start) / pictures:.2f} s a picture.")
 
 
