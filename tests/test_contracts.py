@@ -21,13 +21,11 @@ def pipelines(tmp_path_factory):
 
 
 def unet(like, **changes):
-    with torch.device("meta"):
-        return UNet(replace(like.unet.config, **changes))
+    return UNet(replace(like.unet.config, **changes))
 
 
 def vae(**changes):
-    with torch.device("meta"):
-        return VAE(replace(VAEConfig(channels=(8, 8, 8, 8), groups=4), **changes))
+    return VAE(replace(VAEConfig(channels=(8, 8, 8, 8), groups=4), **changes))
 
 
 def refused(pipeline, message, **parts):
@@ -136,7 +134,7 @@ def test_published_widths():
         for other, config in unets.items():
             with torch.device("meta"):
                 network = UNet(config)
-            parts = (text, network, vae(scaling_factor=0.13025 if config.vector_dim else 0.18215),
+            parts = (text, network, vae(scaling_factor=0.13025 if config.vector_dim else 0.18215).to("meta"),
                      ldm.NoiseSchedule.scaled_linear())
             if family == other:
                 ldm.Pipeline(*parts)

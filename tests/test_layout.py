@@ -24,7 +24,7 @@ FLOORS = [
     {"denoiser"},
     {"noise_schedule"},
     {"noise", "weights", "images"},
-    {"models"},
+    {"models", "printable"},
 ]
 FLOOR_OF  = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LIBRARIES = {"huggingface_hub", "numpy", "PIL", "safetensors", "torch", "tqdm", "transformers"}

@@ -270,8 +270,6 @@ def test_the_last_sigma():
     for name in ("euler", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde"):
         assert SCHEDULERS[name].sigmas(SD, 5, config={"final_sigmas_type": "sigma_min"})[-1] == SD.sigma_min
     both = {"final_sigmas_type": "sigma_min", "set_alpha_to_one": False}
-    stray = {**oracles.SD, "_class_name": "EulerDiscreteScheduler"}     # a leftover in XL's file
-    assert SCHEDULERS["ddim"].sigmas(SD, 5, config=stray)[-1] == 0
     for name in ("lms", "heun", "euler_a", "ddpm"):                     # their classes have neither field
         assert SCHEDULERS[name].sigmas(SD, 5, config=both)[-1] == 0
 

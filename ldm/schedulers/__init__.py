@@ -65,10 +65,8 @@ class Row:
             ramps   = ("karras", "exponential", "beta")
             spacing = next((ramp for ramp in ramps if config.get(f"use_{ramp}_sigmas")), None)
         last = self.last
-        if self.last_field == "set_alpha_to_one":
-            heeded = config.get("_class_name") in (None, "DDIMScheduler", "PNDMScheduler")
-            if heeded and config.get("set_alpha_to_one") is not None:           # elsewhere it is a leftover
-                last = "zero" if config["set_alpha_to_one"] else "sigma_min"
+        if self.last_field == "set_alpha_to_one" and config.get("set_alpha_to_one") is not None:
+            last = "zero" if config["set_alpha_to_one"] else "sigma_min"
         elif self.last_field:
             last = config.get(self.last_field) or last
         grid = None
