@@ -556,11 +556,10 @@ def their_pipeline(family: str, unet: nn.Module, vae: nn.Module) -> Any:
 CONTESTANTS = ("diffusers", "ldm", "diffusers compiled", "ldm.fast", "ldm.fast compiled")
 
 
-def contestant(name: str, family: str, device: str, dtype: torch.dtype, batch: int,
-               steps: int) -> Callable[[], Any]:
+def contestant(name: str, family: str, dtype: torch.dtype, batch: int, steps: int) -> Callable[[], Any]:
     """Text states to pixels, with own weights; diffusers eager, or as its documentation compiles it."""
-    unet, their_unet = unets(family, device, dtype)
-    vae, their_vae   = vaes(device, dtype, family)
+    unet, their_unet = unets(family, "cuda", dtype)
+    vae, their_vae   = vaes("cuda", dtype, family)
     pipe   = stand_in(family, unet, vae)
     if name.startswith("ldm"):
         if "fast" in name:
@@ -582,7 +581,7 @@ def contestant(name: str, family: str, device: str, dtype: torch.dtype, batch: i
 def gpu_peak(name: str, family: str, dtype: torch.dtype, batch: int) -> int:
     """Bytes that one contestant alone, in this process, takes from the GPU for two steps, once it is warm.
     Reserved, not allocated: what CUDA graphs hold counts too."""
-    call = contestant(name, family, "cuda", dtype, batch, 2)
+    call = contestant(name, family, dtype, batch, 2)
     with torch.inference_mode():
         call()
         gc.collect()
@@ -599,7 +598,7 @@ def gpu_pictures(family: str, clock: Clock, dtype: torch.dtype, batch: int, step
         command = [sys.executable, __file__, "--peak", name, family, str(batch)]
         return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
     memory  = {name: peak(name) for name in CONTESTANTS}
-    seconds = turns(clock, {name: contestant(name, family, "cuda", dtype, batch, steps)
+    seconds = turns(clock, {name: contestant(name, family, dtype, batch, steps)
                             for name in CONTESTANTS}, rounds)
     decode  = counts()[f"decode, {SIZES[family]} × {SIZES[family]}"]["flops"]
     calls_of_unet = steps + (family == "SD 1.5")    # PNDM makes one more

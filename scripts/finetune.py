@@ -7,7 +7,6 @@ encoder and the autoencoder stay as they are. OUT/model becomes a folder in Hugg
 steps, and it goes on from there.
 """
 import argparse
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent / "embedded")]
 
 import torch
-from common import draw, join, once, run
+from common import draw, join, once, replacing, run
 from torch import Tensor
 
 import ldm
@@ -83,11 +82,8 @@ def main() -> None:
 
 def write(pipe: ldm.Pipeline, folder: Path) -> None:
     """Saves the model, in the place of one of an earlier run."""
-    building = folder.with_name("model.new")
-    shutil.rmtree(building, ignore_errors=True)
-    pipe.save(building)
-    shutil.rmtree(folder, ignore_errors=True)
-    building.rename(folder)
+    with replacing(folder) as building:
+        pipe.save(building)
 
 
 if __name__ == "__main__":

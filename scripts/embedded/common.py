@@ -2,9 +2,11 @@
 rates, sheets of pictures."""
 
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,16 @@ def save(state: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write into; it takes the place and the name of `folder` when all is there."""
+    building = folder.with_name(folder.name + ".new")
+    shutil.rmtree(building, ignore_errors=True)
+    yield building
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
 
 
 def resume(path: Path, state: dict[str, Any]) -> tuple[int, float]:

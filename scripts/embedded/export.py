@@ -2,10 +2,10 @@
 
 Here too: `load_vae`, with which the stages take over the autoencoder from each other.
 """
-import shutil
 from pathlib import Path
 
 import torch
+from common import replacing
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel
@@ -38,9 +38,6 @@ def export(out: Path, target: Path, unet: nn.Module, size: int, card: str) -> No
     model = ldm.Pipeline(text, unet, load_vae(out / "vae"), ldm.NoiseSchedule.from_hf(SCHEDULER),
                          SCHEDULER["prediction_type"], SCHEDULER,
                          Defaults("dpmpp_2m", steps=25, guidance_scale=3.0, height=size, width=size))
-    building = target.with_name(target.name + ".new")
-    shutil.rmtree(building, ignore_errors=True)
-    model.save(building, torch.float16)
-    (building / "README.md").write_text(card)
-    shutil.rmtree(target, ignore_errors=True)
-    building.rename(target)
+    with replacing(target) as building:
+        model.save(building, torch.float16)
+        (building / "README.md").write_text(card)
