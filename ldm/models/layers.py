@@ -204,7 +204,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             y = self.proj_in(y.flatten(2).transpose(1, 2))                                     # (N, L, C)
         else:
-            y = self.proj_in(y).flatten(2).transpose(1, 2)
+            y = self.proj_in(y).flatten(2).transpose(1, 2).contiguous()     # the blocks read along C
         for block in self.transformer_blocks:
             y = block(y, context)
         if self.linear:
