@@ -46,6 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ldm
 from ldm import fast
+from ldm.fast import kernels
 from ldm.models import VAE, UNet, UNetConfig, VAEConfig
 from ldm.models.layers import GEGLU, ResBlock
 from ldm.noise_schedule import NoiseSchedule
@@ -233,7 +234,7 @@ def one_step(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: 
     lean     = fast.in_place(ours)
     networks = {"diffusers": theirs, "ldm": ours, "ldm.fast": fast.prompt_once(fast.packed(lean))}
     if not quick:
-        networks["ldm.fast, channels last"] = fast.prompt_once(fast.packed(fast._channels_last(lean)))
+        networks["ldm.fast, channels last"] = fast.prompt_once(fast.packed(fast.channels_last(lean)))
 
     def calls(pixels: int) -> dict[str, Callable[[], Any]]:
         inputs = unet_inputs("SD 1.5", 1, clock.device, dtype, pixels)[:3]
@@ -263,7 +264,7 @@ def one_decode(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops
     decoders = {"diffusers": lambda z: theirs.decode(z / theirs.config.scaling_factor).sample,
                 "ldm": ours.decode}
     if clock.device == "cuda":
-        decoders["ldm.fast"] = fast._channels_last(ours).decode
+        decoders["ldm.fast"] = fast.channels_last(ours).decode
     if not quick:
         decoders["fast.tiled"] = fast.tiled(ours).decode
 
@@ -277,7 +278,7 @@ def one_decode(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops
 # ── One change at a time ────────────────────────────────────────────────────────────────────────────────────
 
 def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
-    """Blocks of SD 1.5 at 512², two pictures, before and after a change; some that fast.py leaves out."""
+    """Blocks of SD 1.5 at 512², two pictures, before and after a change; some that ldm.fast leaves out."""
     found: list[dict[str, Any]] = []
 
     def compare(what: str, kept: bool, before: Callable[[], Any], after: Callable[[], Any]) -> None:
@@ -291,7 +292,7 @@ def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
     def residual(width: int, side: int) -> None:
         block  = ResBlock(width, width, 1280, 32, 1e-5)
         convs  = block.conv1, block.conv2
-        pack   = fast.rebuilt(block, lambda part: fast._PackedConv(part) if part in convs else None)
+        pack   = fast.rebuilt(block, lambda part: kernels.PackedConv(part) if part in convs else None)
         x, e   = torch.randn(2, width, side, side), torch.randn(2, 1280)
         conv   = deepcopy(block.conv1).to(memory_format=torch.channels_last)
         y, at  = x.contiguous(memory_format=torch.channels_last), f"{width} channels, {side} × {side}"

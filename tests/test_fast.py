@@ -1,4 +1,4 @@
-"""What fast.py makes gives what it was made from gives, to rounding; the judge is diffusers."""
+"""What ldm.fast makes gives what it was made from gives, to rounding; the judge is diffusers."""
 import gc
 import weakref
 from copy import copy
@@ -14,11 +14,12 @@ from torch import nn
 
 import ldm
 from ldm import fast
+from ldm.fast import kernels, visits
 from ldm.models.layers import ResBlock, TransformerBlock
 
 DTYPES = [pytest.param(torch.float64, 1e-10, id="float64"), pytest.param(torch.float32, 1e-5, id="float32")]
 EXACT  = {"prompt_once": fast.prompt_once, "in_place": fast.in_place, "packed": fast.packed,
-          "channels_last": fast._channels_last}
+          "channels_last": fast.channels_last}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def pipe(folder):
 @pytest.fixture
 def pack_all(monkeypatch):
     """Tiny convolutions are packed too."""
-    monkeypatch.setattr(fast, "WIDE", 1)
+    monkeypatch.setattr(kernels, "WIDE", 1)
 
 
 def inputs(config: dict, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
@@ -58,7 +59,7 @@ def test_rebuilt_and_replaced_share_tensors_and_leave_the_old_tree_alone():
 def test_a_part_that_stands_in_two_places_stays_one_part():
     shared = nn.Linear(2, 2)
     old = nn.ModuleDict({"one": nn.Sequential(shared, nn.SiLU()), "two": nn.ModuleList([shared])})
-    for new in (fast.rebuilt(old, lambda part: None), fast._moved(old, torch.device("cpu"))):
+    for new in (fast.rebuilt(old, lambda part: None), visits.moved(old, torch.device("cpu"))):
         assert new["one"][0] is new["two"][0]
         assert new["one"][0] is not shared
     new = fast.rebuilt(old, lambda part: copy(part) if isinstance(part, nn.Linear) else None)
@@ -90,7 +91,7 @@ def test_the_blocks_of_sd15_at_their_own_width(width):
     transformer = TransformerBlock(width, 768, 8)
     x, tokens, context = torch.randn(1, width, 4, 4), torch.randn(1, 16, width), torch.randn(1, 77, 768)
     quick = fast.packed(resnet)
-    assert isinstance(quick.conv1, fast._PackedConv) == (width == 1280)
+    assert isinstance(quick.conv1, kernels.PackedConv) == (width == 1280)
     assert relative(quick(x), resnet(x)) < 1e-5
     assert relative(fast.in_place(transformer)(tokens, context), transformer(tokens, context)) < 1e-6
 
@@ -111,7 +112,7 @@ def test_what_cannot_be_packed_stays_as_it_is(pack_all, monkeypatch):
     def kind(network: nn.Module) -> type:
         return type(fast.packed(nn.Sequential(network))[0])
     conv = nn.Conv2d(4, 4, 3, padding=1)
-    assert kind(conv) is fast._PackedConv
+    assert kind(conv) is kernels.PackedConv
     assert kind(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")) is nn.Conv2d
     assert kind(nn.Conv2d(4, 4, 3, padding=1, dtype=torch.float64)) is nn.Conv2d
     for owner, name in ((torch.ops, "mkldnn"), (torch._C, "_nn")):
@@ -336,13 +337,13 @@ def test_a_tiled_pipeline_makes_the_pictures_of_diffusers(pipe, pictures):
 def test_visitors_make_the_same_pictures_one_at_a_time(family, layerwise, tmp_path, monkeypatch):
     pipe   = ldm.load(write(tmp_path / "model", family), device="cpu")
     wanted = ldm.sample(model=pipe, **CALL)
-    arrivals, admit = [], fast._Room.admit
+    arrivals, admit = [], visits.Room.admit
 
     def noted(room, part):
         if part is not room.host:
             arrivals.append(type(part).__name__)
         return admit(room, part)
-    monkeypatch.setattr(fast._Room, "admit", noted)
+    monkeypatch.setattr(visits.Room, "admit", noted)
     assert np.array_equal(ldm.sample(model=fast.offload(pipe, "cpu", layerwise=layerwise), **CALL), wanted)
     if layerwise:
         layers = sum(bool(part._parameters) for part in pipe.unet.modules())
@@ -354,16 +355,16 @@ def test_visitors_make_the_same_pictures_one_at_a_time(family, layerwise, tmp_pa
 
 
 def test_one_guest_is_gone_before_the_next_comes(pipe, monkeypatch):
-    room  = fast._Room(torch.device("cpu"))
+    room  = visits.Room(torch.device("cpu"))
     first = weakref.ref(room.admit(pipe.unet))
     assert room.admit(pipe.unet) is first()
-    moved = fast._moved
+    moved = visits.moved
 
     def checked(module, device):
         gc.collect()
         assert first() is None
         return moved(module, device)
-    monkeypatch.setattr(fast, "_moved", checked)
+    monkeypatch.setattr(visits, "moved", checked)
     assert room.admit(pipe.unet.conv_in) is not pipe.unet.conv_in
 
 

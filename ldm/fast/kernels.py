@@ -1,0 +1,124 @@
+"""The same layers in kernels, layouts and memory that suit the machine better."""
+from copy import copy
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..models.layers import GEGLU
+from .trees import Module, rebuilt, refuse_gradients
+
+WIDE = 1280 * 640 * 9       # weights of a 3×3 convolution from which `packed` gains
+
+
+def in_place(module: Module) -> Module:
+    """A network whose GEGLUs, at which its memory peaks, write over what is not needed any more.
+
+    On a CPU a fresh large tensor costs more than the arithmetic on it: its pages must be mapped and zeroed.
+    """
+    def rule(part: nn.Module) -> nn.Module | None:
+        if type(part) is not GEGLU:
+            return None
+        twin = copy(part)
+        twin.__class__ = _InPlaceGEGLU
+        return twin
+    return rebuilt(module, rule)
+
+
+class _InPlaceGEGLU(GEGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return F.gelu(gate).mul_(value)
+
+
+def packed(module: Module) -> Module:
+    """A network whose wide convolutions keep their weights as oneDNN's kernels want them; CPU, for inference.
+
+    PyTorch rearranges the weights in every call. On the low levels of a U-Net, where they are larger than the
+    feature maps, this is up to half of the time. The rearranged ones have memory of their own; the plain ones
+    are freed when the old module goes. Where PyTorch cannot do it, convolutions stay as they are.
+    """
+    def rule(part: nn.Module) -> nn.Module | None:
+        if not (isinstance(part, nn.Conv2d) and part.weight.numel() >= WIDE and part.padding_mode == "zeros"):
+            return None
+        try:
+            return PackedConv(part)
+        except (AttributeError, RuntimeError):      # without these private operators, or not for this dtype
+            return None
+    return rebuilt(module, rule)
+
+
+class PackedConv(nn.Module):
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.layout   = conv.padding, conv.stride, conv.dilation, conv.groups
+        self.bias     = conv.bias
+        self.convolve = torch.ops.mkldnn._convolution_pointwise
+        reorder       = torch._C._nn.mkldnn_reorder_conv2d_weight
+        self.weight   = cast(Any, reorder)(conv.weight.detach().to_mkldnn(), *self.layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(self, x, "packed")
+        x = x.contiguous(memory_format=torch.channels_last)
+        return cast(Tensor, self.convolve(x, self.weight, self.bias, *self.layout, "none", [], ""))
+
+
+def channels_last(module: Module) -> Module:
+    """A network whose 4-D weights lie with the channels last, as the tensor cores of a GPU read them."""
+    def rule(part: nn.Module) -> nn.Module | None:
+        if not isinstance(part, nn.Conv2d):
+            return None
+        conv   = copy(part)
+        weight = part.weight.detach().contiguous(memory_format=torch.channels_last)
+        conv._parameters = {**part._parameters, "weight": nn.Parameter(weight, part.weight.requires_grad)}
+        return conv
+    return rebuilt(module, rule)
+
+
+def graphed(network: nn.Module) -> nn.Module:
+    """A network whose kernels are recorded once for each set of shapes, then replayed; CUDA, for inference.
+
+    A call of SD 1.5's U-Net has about a thousand kernels; at batch 1, a fast GPU waits for Python to name
+    them. The memory of a recording is kept until the module goes. Weights must neither move nor be replaced.
+    """
+    return Graphed(network)
+
+
+class Graphed(nn.Module):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.records: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+
+    def forward(self, *args: Any, **named: Any) -> Tensor:
+        leaves, tree = tree_flatten((args, named))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            refuse_gradients(self, tensor, "graphed")
+        with torch.inference_mode():
+            return self._replayed(leaves, tree, tensors)
+
+    def _replayed(self, leaves: list[Any], tree: Any, tensors: list[Tensor]) -> Tensor:
+        key     = tree, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        if key not in self.records:
+            self.records[key] = self._record(leaves, tree)
+        graph, inputs, output = self.records[key]
+        torch._foreach_copy_(inputs, tensors)
+        graph.replay()
+        return output.clone()
+
+    def _record(self, leaves: list[Any], tree: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, named = tree_unflatten(leaves, tree)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):              # libraries choose their kernels in the first calls
+            for _ in range(3):
+                self.network(*args, **named)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self.network(*args, **named)
+        return graph, [leaf for leaf in leaves if isinstance(leaf, Tensor)], output

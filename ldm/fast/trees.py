@@ -1,0 +1,43 @@
+"""Trees of modules: the same weights in another tree, the old one unchanged."""
+from collections.abc import Callable
+from copy import copy
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def rebuilt(module: Module, rule: Callable[[nn.Module], nn.Module | None]) -> Module:
+    """The same tree of modules over the same tensors; but rule(child), where not None, for each child. What
+    stands in two places of the tree is one module in the new one, too."""
+    known: dict[int, nn.Module] = {}
+
+    def made(part: nn.Module) -> nn.Module:
+        if id(part) not in known:
+            known[id(part)] = rule(part) or copied(part)
+        return known[id(part)]
+
+    def copied(part: nn.Module) -> nn.Module:
+        twin = copy(part)
+        twin._modules = {name: child and made(child) for name, child in part._modules.items()}
+        return twin
+    return cast(Module, copied(module))
+
+
+def replaced(module: Module, path: str, child: nn.Module) -> Module:
+    """The same tree over the same tensors, with `child` at a path such as "mid_block.attentions.0"."""
+    name, _, rest = path.partition(".")
+    twin = copy(module)
+    twin._modules = {**module._modules,
+                     name: replaced(module.get_submodule(name), rest, child) if rest else child}
+    return twin
+
+
+def refuse_gradients(module: nn.Module, x: Tensor, name: str) -> None:
+    """Raises an error where the call of what fast.`name` made should give gradients."""
+    tensors = x, *module.parameters()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"What fast.{name} makes has no gradients: call it under torch.no_grad(), or use "
+                           f"the module that it was made from.")
