@@ -4,7 +4,7 @@
 """
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,11 @@ def load(name: str | Path | None = None, *, device: str | torch.device | None = 
     if not source.encoders:
         raise ValueError(f"{source.path} has no text encoder: use a complete model.")
     index, scheduler_config = source.index, source.scheduler
+    own   = index.get("_ldm") or {}        # our own key in model_index.json; diffusers ignores names with a _
+    known = {one.name for one in fields(Defaults)}
+    if not isinstance(own, dict) or own.keys() - known:
+        raise ValueError(f"model_index.json in {source.path} has under _ldm {own!r}; there may be values for "
+                         f"{', '.join(sorted(known))}.")
 
     unet = weights.load_part("unet", source.part("unet"), device=device, dtype=dtype)
     xl   = unet.config.vector_dim is not None
@@ -205,7 +210,6 @@ def load(name: str | Path | None = None, *, device: str | torch.device | None = 
     autoencoder = (_vae(source.part("vae"), device, dtype) if vae is None else
                    load_vae(vae, device=device, dtype=dtype, scaling_factor=0.13025 if xl else 0.18215))
 
-    own  = index.get("_ldm") or {}         # our own key in model_index.json; diffusers ignores names with a _
     scheduler    = schedulers.default_name(scheduler_config)
     steps, scale = _usual(unet.config, scheduler, Path(name or "").name)
     size = (unet.config.sample_size or 64) * autoencoder.config.downscale

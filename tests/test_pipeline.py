@@ -49,6 +49,10 @@ def test_defaults_and_prediction_come_from_the_files(copy):
     pipe = ldm.load(copy)
     assert (pipe.prediction, pipe.name) == ("v_prediction", str(copy))
     assert pipe.defaults == ldm.pipeline.Defaults("dpmpp_2m", 12, 3.0, 64, 64)
+    for wrong in ({"steps": 12, "sampler": "heun"}, ["heun"]):
+        edit(copy / "model_index.json", _ldm=wrong)
+        with pytest.raises(ValueError, match=r"heun.*there may be values for guidance_scale, height, sched"):
+            ldm.load(copy)
 
 
 def test_a_local_folder_needs_no_network(model, no_network):
