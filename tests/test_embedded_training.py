@@ -99,7 +99,7 @@ def test_training_a_finished_model_on_begins_with_its_weights_and_other_samples(
     pipe.save(tmp_path / "model")
     def trained(seed: int) -> dict:
         out = tmp_path / str(seed)
-        command = [sys.executable, EMBEDDED / "train.py", "unet", "--out", out, "--start", tmp_path / "model",
+        command = [sys.executable, EMBEDDED / "train.py", "unet", "--out", out, "--from", tmp_path / "model",
                    "--size", "64", "--scenes", "4", "--unet-steps", "1", "--rate", "1e-3"]
         command += ["--seed", str(seed), "--device", "cpu", "--threads", "1"]
         run = subprocess.run(command, capture_output=True, text=True)

@@ -13,7 +13,7 @@ Start it again after a kill and it goes on from the last checkpoint in FOLDER. O
 
 To train a model on, the one in the package for example, instead of beginning from nothing:
 
-    python scripts/embedded/train.py --out FOLDER --start ldm/assets/shapes --rate 5e-4 --seed 1
+    python scripts/embedded/train.py --out FOLDER --from ldm/assets/shapes --rate 5e-4 --seed 1
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torch
 import train_text
 import train_unet
 import train_vae
-from common import join, once
+from common import WORLD, join, once
 from export import export, load_vae
 from grow import grow
 
@@ -52,7 +52,8 @@ def main() -> None:
     parser.add_argument("--half-steps", type=int, default=5000)
     parser.add_argument("--unet-steps", type=int, default=5000)
     parser.add_argument("--polish-steps", type=int, default=1000)
-    parser.add_argument("--start", type=Path, help="a model's folder: unet, export by default")
+    parser.add_argument("--from", dest="start", type=Path, help="a model's folder: unet, export by default")
+    parser.add_argument("--batch", type=int, default=32, help="pictures of a step of the U-Net, each process")
     parser.add_argument("--rate", type=float, default=1e-3, help="the U-Net's highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the U-Net's samples; a new one to train on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +82,8 @@ def main() -> None:
                 unet = (started.unet.requires_grad_(True) if args.start else
                         grow(train_unet.averaged(args.out / "half.pt", unet)))
                 steps, size = args.unet_steps, args.size
-            train_unet.train(path, unet, vae, steps, args.scenes, size, args.rate, args.seed, args.device)
+            train_unet.train(path, unet, vae, steps, args.scenes, size, args.batch, args.rate,
+                             args.seed, args.device)
         elif stage == "polish":
             train_vae.polish(args.out, args.polish_steps, args.size, args.device)
         else:
@@ -127,11 +129,11 @@ def card(args: argparse.Namespace, unet: dict, config: UNetConfig) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=Path(__file__).parent)
     machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else \
-        f"{args.threads} threads of a {platform.machine()} CPU shared with other work"
+        f"{args.threads * WORLD} threads of a {platform.machine()} CPU shared with other work"
     def written(name: str, otherwise: str) -> str:
         return (args.out / name).read_text() if (args.out / name).exists() else otherwise
     return CARD.format(size=args.size, unet=config, vae=load_vae(args.out / "vae").config,
-                       scenes=args.scenes, batch=train_unet.BATCH, rows=rows,
+                       scenes=args.scenes, batch=args.batch * WORLD, rows=rows,
                        rate=args.rate, noisy=train_unet.NOISY_SHARE, dropped=train_unet.DROPPED,
                        date=time.strftime("%Y-%m-%d"), machine=machine,
                        commit=commit.stdout.strip() or "not yet committed", torch=torch.__version__,

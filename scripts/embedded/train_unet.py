@@ -26,7 +26,6 @@ from ldm.schedulers import dpm_solver_pp
 
 INNER = UNetConfig(channels=(64, 128, 192), layers=1, depth=(1, 1, 1), heads=(4, 4, 4), groups=8,
                    context_dim=128)
-BATCH = 32
 EMA_DECAY = .998
 NOISY_SHARE = .3
 DROPPED = .1                    # captions replaced by the empty one
@@ -75,9 +74,10 @@ def averaged(path: Path, unet: UNet) -> UNet:
     return unet
 
 
-def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, rate: float, seed: int,
-          device: str) -> None:
-    """Trains to `path`, a checkpoint; `rate` is the highest learning rate, `seed` decides what is drawn."""
+def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, batch: int, rate: float,
+          seed: int, device: str) -> None:
+    """Trains to `path`, a checkpoint, on `batch` pictures a step and process; `rate` is the highest learning
+    rate, `seed` decides what is drawn."""
     out = path.parent
     once(lambda: encode_scenes(vae, out, count, size, device))
     latents = torch.load(out / f"latents_{size}.pt", weights_only=True)[:count]
@@ -100,12 +100,12 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, r
     def step(i: int) -> dict[str, Tensor]:
         number = seed * 1_000_000 + draw(i)
         generator, rng = torch.Generator().manual_seed(number), Random(30_000_000 + number)
-        chosen = torch.randint(len(latents), (BATCH,), generator=generator)
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
         x0 = latents[chosen].float().to(device)
         scenes = [random_scene(Random(SCENE_SEED + k)) for k in chosen.tolist()]
         text = states([caption(forget(scene, rng), rng) for scene in scenes])
         text = training.drop_captions(text, empty, DROPPED, generator)
-        t = training.sample_timesteps(BATCH, noisy_share=NOISY_SHARE, generator=generator)
+        t = training.sample_timesteps(batch, noisy_share=NOISY_SHARE, generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=on_gpu):
             loss = training.denoising_loss(network, x0, noise, t.to(device), sigmas[t].to(device), text,
