@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import fast, guidance, images, models, schedulers
+    from . import fast, guidance, images, models, schedulers, training
     from .denoiser import Conditioning, Denoiser
     from .noise_schedule import NoiseSchedule
     from .pipeline import Pipeline, load, load_vae
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Conditioning", "Denoiser", "NoiseSchedule", "Pipeline", "Sizes",
     "fast", "guidance", "images", "img2img", "inpaint", "inspect", "load", "load_vae", "models", "sample",
-    "schedulers",
+    "schedulers", "training",
 ]
 
 _MODULE_OF = {

@@ -1,8 +1,9 @@
 """Random numbers keyed by (seed, k): the k-th standard normal draw of one picture, in whatever batch.
 
 Each picture has its own generator on the CPU, so its noise depends neither on the device, nor on the batch
-it is in, nor on its place there. k = 0 is the start; k = 1, 2, … are the draws of a stochastic scheduler, one
-for each step. This is the stream that diffusers draws from when it is given a list of CPU generators.
+it is in, nor on its place there. In text to image k = 0 is the start, and 1, 2, … are the draws of a
+stochastic scheduler, one for each step; a task that begins with a picture draws its latents first. This is
+the stream that diffusers draws from when it is given a list of CPU generators.
 """
 from collections.abc import Callable, Sequence
 

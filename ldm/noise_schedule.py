@@ -120,7 +120,7 @@ class NoiseSchedule:
         return float(np.interp(t, np.arange(len(self)), self.table))
 
     def t(self, sigma: float) -> float:
-        """The time t in [0, T−1] at which the noise is σ: the inverse of `sigma`."""
+        """The time t in [0, T−1] at which the noise is σ: the inverse of `sigma`. Outside, the nearer end."""
         return float(np.interp(sigma, self.table, np.arange(len(self))))
 
     def midpoint(self, a: float, b: float) -> float:
@@ -173,7 +173,9 @@ class NoiseSchedule:
 
     def sigmas(self, steps: int, spacing: str = "trailing", *, last: str = "zero", offset: int = 0,
                whole: bool = True, drop_last: bool = False, grid: int | None = None) -> list[float]:
-        """steps + 1 falling σ's: one for each step, and the one where the last step ends.
+        """steps + 1 falling σ's: one for each step, and the one where the last step ends. (With
+        last="sigma_min", "linspace" and "leading" may be at σ(0) already: then their last step has length
+        zero, as in diffusers.)
 
         Args:
             spacing: as for `timesteps`, whose other arguments go there; or a ramp in σ over the whole trained

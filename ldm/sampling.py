@@ -68,7 +68,8 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
             is the model's own. Instead of steps and spacing: `sigmas`, falling, with the end of the last step
             (usually 0); or `timesteps`, falling, each a start of a step.
         scheduler_options: arguments of the scheduler's function, such as {"eta": 0.5} for "ddim".
-        sizes, negative_sizes: what Stable Diffusion XL is told about the picture, see `Sizes`.
+        sizes, negative_sizes: what Stable Diffusion XL is told about the picture, see `Sizes`. The second,
+            with the negative prompt, is the first where it is None.
         refiner: a second model that takes over for the last part of the run (Stable Diffusion XL's refiner).
         handover: in (0, 1]: the part of the times of training, from the noisy end, that is the first model's.
         output_type: "pil": a list of Pillow pictures; "np": (N, H, W, 3) and "pt": (N, 3, H, W), both float32

@@ -4,13 +4,13 @@ Everything is in the units of the library: a noisy latent is x = x₀ + σ·ε w
 sees it scaled to unit variance, x / √(1+σ²) = √ᾱ·x₀ + √(1−ᾱ)·ε, which is the x_t of DDPM. A training step is
 four lines:
 
-    t     = sample_timesteps(len(latents), generator=generator)
-    text  = drop_captions(text, empty_text, 0.1, generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    loss  = denoising_loss(unet, latents, noise, t, sigmas[t], text, prediction="v_prediction")
+    t     = sample_timesteps(len(latents), generator=generator).to(latents.device)
+    words = drop_captions(text, empty_text, 0.1, generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    loss  = denoising_loss(unet, latents, noise, t, sigmas[t], words, prediction="v_prediction")
 
-and `EMA` keeps the weights that are used in the end. Shapes: N batch; latents (N, C, h, w); t and σ (N,);
-text (N, S, D).
+with a generator on the CPU and the schedule's σ's beside the latents; and `EMA` keeps the weights that are
+used in the end. Shapes: N batch; latents (N, C, h, w); t and σ (N,); text (N, S, D).
 
 Ho et al. 2020 (DDPM); Salimans & Ho 2022 (v); Hang et al. 2023 (min-SNR); Ho & Salimans 2022 (classifier-free
 guidance).
@@ -64,8 +64,7 @@ def target(prediction: str, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     if prediction == "sample":
         return x0
     if prediction == "v_prediction":
-        wide = _wide(sigma, x0)
-        return (noise - wide * x0) / (1 + wide**2).sqrt()
+        return (noise - _wide(sigma, x0) * x0) * _wide((1 + sigma**2) ** -0.5, x0)
     raise ValueError(f"prediction {prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
 
 
@@ -94,7 +93,7 @@ def denoising_loss(network: Callable[..., Tensor], x0: Tensor, noise: Tensor, t:
     `t` (N,) and `sigma` (N,) are the same noise level twice: as the network is told it, and as the noise is
     scaled. `weight` (N,), if given, multiplies each sample's error.
     """
-    scaled = add_noise(x0, noise, sigma) / (1 + _wide(sigma, x0) ** 2).sqrt()
+    scaled = add_noise(x0, noise, sigma) * _wide((1 + sigma**2) ** -0.5, x0)
     answer = network(scaled, t, text)
     error  = (answer.to(x0.dtype) - target(prediction, x0, noise, sigma)).square().mean(dim=(1, 2, 3))  # (N,)
     return (error if weight is None else weight * error).mean()
@@ -138,5 +137,5 @@ class EMA:
 
 
 def _wide(sigma: Tensor, x: Tensor) -> Tensor:
-    """(N,) → (N, 1, 1, 1), so that it multiplies pictures."""
+    """(N,) → (N, 1, 1, 1) in the type of x. Square σ before: float16 ends below 256²."""
     return sigma.to(x).view(-1, *[1] * (x.ndim - 1))

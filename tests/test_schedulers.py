@@ -374,6 +374,28 @@ def test_heun_with_churn_is_algorithm_2_of_edm(churn, low, high, factor):
     np.testing.assert_allclose(ours.numpy(), x, rtol=1e-12, atol=1e-12)
 
 
+def test_churn_is_the_same_in_the_last_part_of_a_run():
+    sigmas = NoiseSchedule.scaled_linear().sigmas(20, "karras")
+    def called(part: list[float], **options) -> list[float]:
+        seen = []
+        def denoise(x, sigma):
+            seen.append(sigma)
+            return x * 0
+        list(schedulers.heun(denoise, torch.zeros(1), part, lambda i: torch.zeros(1), churn=4, **options))
+        return seen
+    whole, last = called(sigmas), called(sigmas[10:], skipped=10)
+    assert len(last) == 19
+    assert last == whole[20:]
+    assert last[0] == pytest.approx(1.2 * sigmas[10])               # γ = 4 / 20
+
+
+@pytest.mark.parametrize("name", [name for name in schedulers.__all__ if name.islower()
+                                  and name not in ("find", "default_name")])
+def test_no_step_gives_no_state(name):
+    options = {"noise": lambda i: 0} if name in ("dpm_solver_pp_sde", "euler_ancestral", "lcm") else {}
+    assert list(getattr(schedulers, name)(GAUSSIAN.denoise, GAUSSIAN.state(1), [1.0], **options)) == []
+
+
 # ── Names ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("name", SCHEDULERS)

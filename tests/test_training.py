@@ -40,6 +40,15 @@ def test_v_is_diffusers_velocity():
                                ddpm().get_velocity(x0, noise, T).double(), atol=3e-6, rtol=0)
 
 
+def test_float16_stands_pure_noise():
+    """σ = 4096, where a schedule with zero terminal SNR begins: its square is no float16."""
+    x0, noise, sigma = latents(0).half(), latents(1).half(), torch.full((len(T),), 4096.0)
+    seen = []
+    training.denoising_loss(lambda x, t, text: seen.append(x) or x, x0, noise, T, sigma, None, "v_prediction")
+    torch.testing.assert_close(seen[0], noise, atol=5e-3, rtol=0)
+    torch.testing.assert_close(training.target("v_prediction", x0, noise, sigma), -x0, atol=5e-3, rtol=0)
+
+
 @pytest.mark.parametrize("prediction", training.PREDICTIONS)
 def test_the_denoiser_turns_the_target_back_into_x0(prediction):
     from ldm.denoiser import Conditioning, Denoiser

@@ -137,7 +137,7 @@ def _orders(sigmas: Sequence[float], order: int, skipped: int) -> list[int]:
     steps  = len(sigmas) - 1
     few    = steps + skipped < 15
     orders = [order] * steps
-    if sigmas[-1] == 0 or few:
+    if steps > 0 and (sigmas[-1] == 0 or few):
         orders[-1] = 1
     if few and steps > 1:
         orders[-2] = min(order, 2)

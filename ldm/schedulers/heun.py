@@ -9,7 +9,7 @@ from ..denoiser import Denoise
 
 def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Callable[[int], Tensor] | None = None,
          churn: float = 0.0, churn_min: float = 0.0, churn_max: float = float("inf"),
-         churn_noise: float = 1.0) -> Iterator[Tensor]:
+         churn_noise: float = 1.0, skipped: int = 0) -> Iterator[Tensor]:
     """EDM Algorithm 2 (Karras et al. 2022), which is its Algorithm 1 when churn is 0.
 
     Second order; two calls of the network a step, one in the last step when that ends at σ = 0.
@@ -18,8 +18,9 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Callable[[
         each step from a σ in [churn_min, churn_max] first raises the noise to σ̂ = σ(1 + γ), where
         γ = min(churn/steps, √2 − 1).
     noise: i → standard normal like x, for step i; without it, a churn > 0 is a ValueError.
+    skipped: how many steps of a longer run lie before `sigmas`; they count among those that share the churn.
     """
-    steps = len(sigmas) - 1
+    steps = len(sigmas) - 1 + skipped
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         if churn > 0 and churn_min <= sigma <= churn_max:
             if noise is None:

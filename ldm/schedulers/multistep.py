@@ -73,6 +73,8 @@ def plms(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Iterator[Tenso
     Liu et al. 2022, Algorithm 2, without the Runge–Kutta start. The first step is an Euler step to σ' and
     back, averaging both ε's (Heun's method), so N steps take N + 1 calls, but a single one takes one.
     """
+    if len(sigmas) < 2:
+        return
     first = (x - denoise(x, sigmas[0])) / sigmas[0]
     step  = sigmas[1] - sigmas[0]
     if len(sigmas) > 2:
