@@ -3,6 +3,7 @@
 Everything that is not a flag is the prompt, but for a first word that is the name of one of COMMANDS.
 """
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -275,12 +276,15 @@ def restore(path: Path) -> dict[str, Any]:
 
 def output_problem(output: Path | None) -> str | None:
     """What is wrong with the name of -o, said before the work instead of after it."""
-    if output is None:
-        return None
-    if output.suffix.lower() != ".png":
+    folder = Path() if output is None else output.parent
+    if output is not None and output.suffix.lower() != ".png":
         return f"-o {output}: the name must end in .png, the format that keeps the parameters too"
-    if not output.parent.is_dir():
-        return f"-o {output}: there is no folder {output.parent}"
+    if not folder.is_dir():
+        return f"-o {output}: there is no folder {folder}"
+    if output is not None and output.is_dir():
+        return f"-o {output}: this is a folder; name a file"
+    if not os.access(folder, os.W_OK):
+        return f"nothing can be written into the folder {folder.resolve()}: name another one with -o"
     return None
 
 

@@ -159,7 +159,7 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
                          f"do, and many programs drop them when they save a picture again")
     try:
         parameters = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the parameters of ldm in this file are damaged: {error}") from error
     if not isinstance(parameters, dict):
         raise ValueError(f"{path}: the parameters of ldm in this file are damaged: not a JSON object")

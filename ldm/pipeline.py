@@ -271,6 +271,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     if not there.get(device.type, True):
         raise ValueError(f"device {str(device)!r} was asked for, but this PyTorch ({torch.__version__}) "
                          f"finds none; leave device out to take what there is.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()}, "
+                         f"counted from 0.")
     return device
 
 

@@ -333,10 +333,10 @@ def _prepare(prompt: str | Sequence[str], model: Pipeline | str | Path | None, *
     if not 0 < o.handover <= 1:
         raise ValueError(f"handover is {o.handover}; it is the first model's part, above 0 and up to 1.")
     prompts, negatives, seeds = _batch(prompt, o.negative_prompt, o.seed, o.num_images)
-    pipe, refiner = _loaded(model), None if o.refiner is None else _loaded(o.refiner)
-    if refiner is not None and not np.array_equal(pipe.schedule.betas, refiner.schedule.betas):
-        raise ValueError(f"The model {pipe.name} and the refiner {refiner.name} were trained with different "
-                         f"noise schedules, so the one cannot go on where the other stops.")
+    pipe    = model if isinstance(model, Pipeline) else load(model)
+    refiner = o.refiner if isinstance(o.refiner, Pipeline | None) else load(o.refiner, device=pipe.device)
+    if refiner is not None:
+        _check_refiner(pipe, refiner)
     scale = pipe.defaults.guidance_scale if o.guidance_scale is None else o.guidance_scale
     if scale == 0:
         warnings.warn("guidance_scale=0 follows the negative prompt alone; no guidance, which the cards of "
@@ -354,8 +354,18 @@ def _guides_itself(pipe: Pipeline) -> bool:
     return getattr(getattr(pipe.unet, "config", None), "guidance_dim", None) is not None
 
 
-def _loaded(model: Pipeline | str | Path | None) -> Pipeline:
-    return model if isinstance(model, Pipeline) else load(model)
+def _check_refiner(pipe: Pipeline, refiner: Pipeline) -> None:
+    """ValueError: the one cannot go on where the other stops."""
+    _one_input(refiner, "a refiner")
+    differ = f"The model {pipe.name} and the refiner {refiner.name}"
+    if not np.array_equal(pipe.schedule.betas, refiner.schedule.betas):
+        raise ValueError(f"{differ} were trained with different noise schedules, so the one cannot go on "
+                         f"where the other stops.")
+    configs = [config for p in (pipe, refiner) if (config := getattr(p.unet, "config", None)) is not None]
+    if len({config.vector_dim is None for config in configs}) == 2:
+        raise ValueError(f"{differ} know different latents: only one of them is a Stable Diffusion XL.")
+    if pipe.device != refiner.device:
+        raise ValueError(f"{differ} are on different devices, {pipe.device} and {refiner.device}.")
 
 
 def _batch(prompt: str | Sequence[str], negative: str | Sequence[str], seed: int | Sequence[int],
@@ -371,8 +381,8 @@ def _batch(prompt: str | Sequence[str], negative: str | Sequence[str], seed: int
     if len(negatives) != len(prompts):
         raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; "
                          f"give one, or one for each.")
-    if num_images < 1:
-        raise ValueError(f"num_images is {num_images}; it must be at least 1.")
+    if not isinstance(num_images, int | np.integer) or num_images < 1:
+        raise ValueError(f"num_images is {num_images!r}; it is a whole number of pictures, at least 1.")
     count = len(prompts) * num_images
     try:                                                            # integers of any kind: NumPy's too
         seeds = ([operator.index(one) for one in seed] if isinstance(seed, Iterable) else

@@ -195,11 +195,13 @@ def vaes(device: str, dtype: torch.dtype, family: str = "SD 1.5") -> tuple[nn.Mo
 
 def turns(clock: Clock, calls: dict[str, Callable[[], Any]], rounds: int,
           warm: dict[str, Callable[[], Any]] | None = None) -> dict[str, list[float]]:
-    """Seconds of each call, in rounds of one each, every second one backwards; `warm` first, not counted."""
+    """Seconds of each call, in rounds of one each, every second one backwards. `warm` is before, and not
+    counted: once on a CPU, three times on a GPU, where graphs are recorded in the second call."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for call in (warm or calls).values():
-            call()
+        for _ in range(3 if clock.device == "cuda" else 1):
+            for call in (warm or calls).values():
+                call()
         for i in range(rounds):
             for name in calls if i % 2 else reversed(calls):
                 seconds[name].append(clock(calls[name]))
@@ -296,7 +298,7 @@ def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
         x, e   = torch.randn(2, width, side, side), torch.randn(2, 1280)
         conv   = deepcopy(block.conv1).to(memory_format=torch.channels_last)
         y, at  = x.contiguous(memory_format=torch.channels_last), f"{width} channels, {side} × {side}"
-        wide   = block.conv1.weight.numel() >= fast.WIDE
+        wide   = block.conv1.weight.numel() >= kernels.WIDE
         compare(f"packed: ResBlock, {at}", wide, lambda: block(x, e), lambda: pack(x, e))
         compare(f"channels last: convolution, {at}", False, lambda: block.conv1(x), lambda: conv(y))
 
@@ -599,6 +601,9 @@ def gpu_pictures(family: str, clock: Clock, dtype: torch.dtype, batch: int, step
         command = [sys.executable, __file__, "--peak", name, family, str(batch)]
         return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
     memory  = {name: peak(name) for name in CONTESTANTS}
+    torch.compiler.reset()              # else what was compiled for one batch is made anew for any batch
+    gc.collect()
+    torch.cuda.empty_cache()
     seconds = turns(clock, {name: contestant(name, family, dtype, batch, steps)
                             for name in CONTESTANTS}, rounds)
     decode  = counts()[f"decode, {SIZES[family]} × {SIZES[family]}"]["flops"]

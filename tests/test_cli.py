@@ -237,6 +237,7 @@ def test_a_warning_is_one_line(calls, capsys, monkeypatch):
     (("a cat", "--steps", "many"),       "invalid int value: 'many'"),
     (("a cat", "-o", "cat.jpg"),         "must end in .png"),
     (("a cat", "-o", "no/cat.png"),      "there is no folder no"),
+    (("a cat", "-o", "dir.png"),         "-o dir.png: this is a folder; name a file"),
     (("a cat", "--dtype", "float8"),     "invalid choice: 'float8'"),
     (("a cat", "--strength", "0.5"),     "--strength needs --image"),
     (("a cat", "--mask", "mask.png"),    "--mask needs --image"),
@@ -248,10 +249,20 @@ def test_a_warning_is_one_line(calls, capsys, monkeypatch):
     (("convert", "model.ckpt"),          "ldm convert: error: the following arguments are required: FOLDER"),
 ])
 def test_wrong_flags_exit_with_2_before_any_work(words, message, calls, capsys):
+    Path("dir.png").mkdir()
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+    assert calls == []
+
+
+@pytest.mark.parametrize("words", [(), ("-o", "cat.png")])
+def test_a_folder_that_cannot_be_written_is_noticed_before_any_work(words, calls, capsys, monkeypatch):
+    monkeypatch.setattr(cli.os, "access", lambda folder, mode: mode != os.W_OK)
+    with pytest.raises(SystemExit):
+        cli.main(["a cat", *words])
+    assert "nothing can be written into the folder" in capsys.readouterr().err
     assert calls == []
 
 

@@ -16,6 +16,7 @@ sys.path.append(str(EMBEDDED))
 # Trains a line on samples that the step's number decides; the arguments: checkpoint, steps, samples a step.
 PROGRAM = """
 import sys
+import time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
@@ -35,7 +36,8 @@ def step(i):
     return {"loss": (model(x) - x.sum(1, keepdim=True)).square().mean()}
 
 run(Path(sys.argv[2]), {"model": model, "ema": ema, "optimiser": optimiser}, int(sys.argv[3]), 1e-2, step,
-    lambda i: "reported", every=2)
+    lambda i: time.sleep(.5) or "reported", every=2)
+print("found", torch.load(sys.argv[2], weights_only=True)["step"], flush=True)
 once(lambda: Path(sys.argv[2]).with_suffix(".done").write_text("x"))
 """
 
@@ -68,6 +70,7 @@ def test_two_processes_take_one_step_on_all_their_samples(tmp_path):
     printed = train(tmp_path / "two.pt", 4, 4, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                     "--standalone")
     assert printed.count("reported") == 2           # of steps 2 and 4, by the first process only
+    assert printed.count("found 4") == 2            # the other one does not go on with step 2
     one, two = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("one.pt", "two.pt"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)

@@ -110,6 +110,27 @@ def test_an_unknown_name_says_which_there_are():
         getattr(ldm, "sampel")  # noqa: B009
 
 
+USERS = sorted(path.relative_to(ROOT) for folder in ("scripts", "tests", "docs/lessons")
+               for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", USERS, ids=str)
+def test_what_is_asked_of_a_module_exists(path):
+    """Where nothing runs the line, as on a GPU only: `fast.name` after `from ldm import fast`."""
+    tree, modules = ast.parse((ROOT / path).read_text("utf-8")), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ldm":
+            for alias in node.names:
+                thing = getattr(import_module(node.module), alias.name, None)
+                thing = thing or import_module(f"{node.module}.{alias.name}")
+                if inspect.ismodule(thing):
+                    modules[alias.asname or alias.name] = thing
+    missing = {f"{node.value.id}.{node.attr}" for node in ast.walk(tree)
+               if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+               and node.value.id in modules and not hasattr(modules[node.value.id], node.attr)}
+    assert not missing
+
+
 def tracked_files() -> list[Path]:
     """The text files that git knows or would take; outside of a checkout, all that lie in our folders."""
     try:

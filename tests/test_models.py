@@ -251,6 +251,16 @@ def test_heads_as_a_number_or_a_list_or_by_their_proper_name():
     assert UNetConfig.from_hf(oracles.UNETS["SD 2.1"]).heads == (5, 10, 20, 20)
 
 
+def test_the_size_of_old_files_and_of_oblong_ones():
+    config = {**oracles.UNETS["SD 1.5"], "sample_size": 32}
+    assert config["_diffusers_version"] == "0.6.0"
+    assert UNetConfig.from_hf(config).sample_size == 64                 # as diffusers' pipelines correct it
+    assert UNetConfig.from_hf({**config, "_diffusers_version": "0.10.0.dev0"}).sample_size == 32
+    assert UNetConfig.from_hf({**config, "sample_size": 96}).sample_size == 96
+    assert UNetConfig.from_hf({**config, "sample_size": [64, 96]}).sample_size == 96
+    assert UNetConfig.from_hf({**config, "sample_size": None}).sample_size is None
+
+
 def test_depth_counts_only_where_there_is_attention():
     base, refiner = (UNetConfig.from_hf(oracles.UNETS[family]) for family in ("SDXL base", "SDXL refiner"))
     assert (base.depth, base.mid_depth)       == ((0, 2, 10), 10)

@@ -265,6 +265,13 @@ def test_a_compressed_archive_is_refused(tmp_path):
             new.writestr(name, old.read(name))
     with pytest.raises(ValueError, match=r"b\.ckpt was compressed after PyTorch had written it"):
         read_pickle(tmp_path / "b.ckpt")
+    for part in ("data.pkl", "byteorder"):              # small in the file, and of any size in memory
+        with zipfile.ZipFile(tmp_path / "a.ckpt") as old, zipfile.ZipFile(tmp_path / "c.ckpt", "w") as new:
+            for name in old.namelist():
+                kind = zipfile.ZIP_DEFLATED if name.endswith(part) else zipfile.ZIP_STORED
+                new.writestr(name, old.read(name), kind)
+        with pytest.raises(ValueError, match=r"c\.ckpt was compressed after PyTorch had written it"):
+            read_pickle(tmp_path / "c.ckpt")
 
 
 def test_truncated_and_other_files(tmp_path):

@@ -101,6 +101,13 @@ def test_devices_and_dtypes_that_there_are_none_of(model):
             ldm.load(model, device="cuda")
 
 
+def test_a_gpu_beyond_the_last_one(model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device 'cuda:2' was asked for, but there are 2, counted from 0"):
+        ldm.load(model, device="cuda:2")
+
+
 @pytest.mark.gpu
 def test_the_same_picture_on_the_gpu(model):
     host, gpu = (ldm.sample("a cat", ldm.load(model, device=device, dtype="float32"), scheduler="euler_a",

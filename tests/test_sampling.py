@@ -174,6 +174,7 @@ def test_any_multiple_of_eight_is_a_size(pipe):
     ({"prompt": []},                             ValueError, "empty list"),
     ({"negative_prompt": ["a", "b"]},            ValueError, "2 negative prompts for 1 prompts"),
     ({"num_images": 0},                          ValueError, "num_images is 0"),
+    ({"num_images": 2.0},                        ValueError, "num_images is 2.0; it is a whole number"),
     ({"scheduler": "nope"},                      ValueError, "no scheduler 'nope'; there are ddim"),
     ({"steps": 0},                               ValueError, "steps is 0"),
     ({"steps": 1001},                            ValueError, "the model knows 1000 times"),

@@ -18,6 +18,19 @@ def load_text_encoder(folder, *, variant=None, **options):
     return load_part("text_encoder", read_part(folder, variant), **options)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_chooses_no_kernels(tmp_path, key):
+    """transformers would fetch "someone/kernel" from the hub, and run it."""
+    model = CLIPTextModel(CLIPTextConfig(**CONFIG))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: "someone/kernel"}))
+    loaded = load_text_encoder(tmp_path)
+    assert loaded.config._attn_implementation in ("sdpa", "eager")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TOKENS)[0], model.eval()(TOKENS)[0])
+
+
 @pytest.fixture(scope="module", params=[CLIPTextModel, CLIPTextModelWithProjection],
                 ids=lambda kind: kind.__name__)
 def written(request, tmp_path_factory):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.weights.read import Weights, choose, read_json, read_tensors, variants, weight_files
+from ldm.weights.read import Weights, choose, read_checkpoint, read_json, read_tensors, variants, weight_files
 
 POINTER = (b"version https://git-lfs.github.com/spec/v1\n"
            b"oid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n")
@@ -105,6 +105,20 @@ def test_shards_are_read_together(tmp_path):
 def test_an_index_may_name_its_shards_as_it_likes(tmp_path):
     write_shards(tmp_path, names=("first.safetensors", "second.safetensors"))
     assert [path.name for path in weight_files(tmp_path)] == ["first.safetensors", "second.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "MODEL.SAFETENSORS", "a1b2c3"])
+def test_safetensors_are_known_by_their_bytes_too(tmp_path, name):
+    save_file(TENSORS, tmp_path / name)
+    for state in (read_checkpoint(tmp_path / name), read_tensors([tmp_path / name])):
+        assert all(torch.equal(state[key], TENSORS[key]) for key in TENSORS)
+
+
+def test_json_without_end_or_bottom_is_damaged(tmp_path):
+    for text in ('{"a": ', "[" * 200_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            read_json(tmp_path / "config.json")
 
 
 def test_missing_shards_are_named(tmp_path):

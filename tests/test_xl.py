@@ -215,6 +215,20 @@ def test_the_refiner_reads_aesthetic_scores(folders, pipes):
     assert np.abs(scored - ours()).max() > 1e-3
 
 
+def test_a_refiner_that_cannot_go_on_says_why(folders, pipes, tmp_path):
+    def refused(refiner, words):
+        with pytest.raises(ValueError, match=words):
+            ldm.sample("a red cat", pipes["base"], refiner=refiner, steps=2, **QUICK)
+    refused(tiny.write(tmp_path / "sd15", "SD 1.5"), "only one of them is a Stable Diffusion XL")
+    network = pipes["refiner"].unet
+    nine    = dataclasses.replace(network.config, in_channels=9)
+    refused(dataclasses.replace(pipes["refiner"], unet=type(network)(nine)), "9 input channels, made for inp")
+    vae  = pipes["refiner"].vae
+    away = dataclasses.replace(pipes["refiner"], unet=type(network)(network.config).to("meta"),
+                               vae=type(vae)(vae.config).to("meta"))
+    refused(away, "on different devices, cpu and meta")
+
+
 @pytest.mark.parametrize("name", ["heun", "lms", "dpmpp_2m"])
 def test_a_handover_to_the_same_network_changes_nothing(pipes, name):
     same  = {"scheduler": name, "steps": 6, **QUICK}

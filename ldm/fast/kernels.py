@@ -60,7 +60,7 @@ class PackedConv(nn.Module):
         self.weight   = cast(Any, reorder)(conv.weight.detach().to_mkldnn(), *self.layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        refuse_gradients(self, x, "packed")
+        refuse_gradients(self, "packed", x)
         x = x.contiguous(memory_format=torch.channels_last)
         return cast(Tensor, self.convolve(x, self.weight, self.bias, *self.layout, "none", [], ""))
 
@@ -95,8 +95,7 @@ class Graphed(nn.Module):
     def forward(self, *args: Any, **named: Any) -> Tensor:
         leaves, tree = tree_flatten((args, named))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        for tensor in tensors:
-            refuse_gradients(self, tensor, "graphed")
+        refuse_gradients(self, "graphed", *tensors)
         with torch.inference_mode():
             return self._replayed(leaves, tree, tensors)
 
@@ -112,13 +111,15 @@ class Graphed(nn.Module):
     def _record(self, leaves: list[Any], tree: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, named = tree_unflatten(leaves, tree)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):              # libraries choose their kernels in the first calls
-            for _ in range(3):
-                self.network(*args, **named)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self.network(*args, **named)
-        return graph, [leaf for leaf in leaves if isinstance(leaf, Tensor)], output
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        with torch.cuda.device(inputs[0].device):       # a stream belongs to one device
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):              # libraries choose their kernels in the first calls
+                for _ in range(3):
+                    self.network(*args, **named)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=aside):
+                output = self.network(*args, **named)
+        return graph, inputs, output

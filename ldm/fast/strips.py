@@ -132,7 +132,7 @@ class _StripDecoder(nn.Module):
         self._modules, self.strips = dict(decoder._modules), strips
 
     def forward(self, z: Tensor) -> Tensor:
-        refuse_gradients(self, z, "tiled")
+        refuse_gradients(self, "tiled", z)
         conv, resnet = self.strips.conv, self.strips.resnet
         x = self.strips.stored(self.mid_block(self.conv_in(z)))
         for level in self.up_blocks:
@@ -151,7 +151,7 @@ class _StripEncoder(nn.Module):
         self._modules, self.strips = dict(encoder._modules), strips
 
     def forward(self, pictures: Tensor) -> Tensor:
-        refuse_gradients(self, pictures, "tiled")
+        refuse_gradients(self, "tiled", pictures)
         conv, resnet = self.strips.conv, self.strips.resnet
         x = conv(self.strips.stored(pictures), self.conv_in)
         for level in self.down_blocks:

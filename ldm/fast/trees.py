@@ -35,9 +35,8 @@ def replaced(module: Module, path: str, child: nn.Module) -> Module:
     return twin
 
 
-def refuse_gradients(module: nn.Module, x: Tensor, name: str) -> None:
+def refuse_gradients(module: nn.Module, name: str, *given: Tensor) -> None:
     """Raises an error where the call of what fast.`name` made should give gradients."""
-    tensors = x, *module.parameters()
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *module.parameters())):
         raise RuntimeError(f"What fast.{name} makes has no gradients: call it under torch.no_grad(), or use "
                            f"the module that it was made from.")

@@ -21,6 +21,8 @@ skips is the whole wiring.
 Ronneberger et al. 2015 (U-Net); Ho et al. 2020 (DDPM);
 Rombach et al. 2022 (latent diffusion); Podell et al. 2023 (SDXL).
 """
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +121,7 @@ class UNetConfig:
                    vector_dim        = get("projection_class_embeddings_input_dim") if sdxl else None,
                    vector_time_dim   = get("addition_time_embed_dim") if sdxl else None,
                    guidance_dim      = get("time_cond_proj_dim"),
-                   sample_size       = get("sample_size"))
+                   sample_size       = _sample_size(get))
 
     def to_hf(self) -> dict[str, Any]:
         """The `unet/config.json` from which `from_hf` makes this config again.
@@ -144,6 +146,15 @@ class UNetConfig:
                 "addition_time_embed_dim": self.vector_time_dim,
                 "projection_class_embeddings_input_dim": self.vector_dim,
                 "time_cond_proj_dim": self.guidance_dim, "sample_size": self.sample_size}
+
+
+def _sample_size(get: Callable[..., Any]) -> int | None:
+    """Of a square; diffusers also knows (height, width). Files from before its 0.9 say less than 64 of models
+    that were trained at 64, as that for inpainting, and diffusers does not believe them either."""
+    size = get("sample_size")
+    size = max(size) if isinstance(size, list | tuple) else size
+    made = tuple(int(number) for number in re.findall(r"\d+", get("_diffusers_version", "1.0"))[:2])
+    return max(size, 64) if size and made < (0, 9) else size
 
 
 # `upcast_attention` is not here: `layers.Attention` sums in float32 anyway.

@@ -55,7 +55,9 @@ def plan(name: str, part: Part) -> tuple[Callable[[], nn.Module], Rename]:
     if found not in classes:
         raise ValueError(f"config.json of {part.where} describes a {found}; "
                          f"it can be a {' or a '.join(classes)}")
-    return lambda: classes[found](CLIPTextConfig.from_dict(part.config)), rename_open_clip
+    # transformers would fetch and run a kernel that a config names as the implementation of its attention.
+    config = {key: value for key, value in part.config.items() if "_implementation" not in key}
+    return lambda: classes[found](CLIPTextConfig.from_dict(config)), rename_open_clip
 
 
 def vae_config(part: Part) -> VAEConfig | TinyVAEConfig:

@@ -95,6 +95,8 @@ def _read_zip(stream: IO[bytes]) -> Any:
     folder  = main.removesuffix("data.pkl")
     if f"{folder}constants.pkl" in names:
         raise _Refused("is a TorchScript program, and ldm runs none: use a checkpoint or safetensors")
+    for name in {main, f"{folder}byteorder"} & names:
+        _refuse_compressed(archive.getinfo(name))           # a few bytes could become any number of them
     if f"{folder}byteorder" in names:
         _check_byte_order(archive.read(f"{folder}byteorder").decode())
     storages: dict[str, Tensor] = {}
@@ -107,10 +109,14 @@ def _read_zip(stream: IO[bytes]) -> Any:
     return _run(io.BytesIO(archive.read(main)), storage)
 
 
-def _mapped(stream: IO[bytes], mapping: mmap, entry: zipfile.ZipInfo, size: int) -> Tensor:
-    """The first bytes of an entry of the archive, where they lie in the file."""
+def _refuse_compressed(entry: zipfile.ZipInfo) -> None:
     if entry.compress_type != zipfile.ZIP_STORED:
         raise _Refused("was compressed after PyTorch had written it: pack it again without compression")
+
+
+def _mapped(stream: IO[bytes], mapping: mmap, entry: zipfile.ZipInfo, size: int) -> Tensor:
+    """The first bytes of an entry of the archive, where they lie in the file."""
+    _refuse_compressed(entry)
     if size > entry.file_size:
         raise ValueError(f"{entry.filename} has {entry.file_size:,} bytes instead of {size:,}")
     if size == 0:

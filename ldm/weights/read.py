@@ -106,7 +106,7 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in files:
         _refuse_lfs_pointer(file)
-        state |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        state |= _read_safetensors(file) if _is_safetensors(file) else _read_pickle(file)
     return state
 
 
@@ -115,9 +115,9 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
 
     Training frameworks keep the weights in a `state_dict`, beside steps and callbacks: these are left out.
     """
-    if file.suffix == ".safetensors":
-        return read_tensors([file])
     _refuse_lfs_pointer(file)
+    if _is_safetensors(file):
+        return read_tensors([file])
     value = read_pickle(file)
     for _ in range(4):                              # not forever: a hostile file may be its own state_dict
         value = value.get("state_dict", value) if isinstance(value, dict) else {}
@@ -126,6 +126,12 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{file} holds no dictionary of tensors, so it is not a checkpoint")
     return tensors
+
+
+def _is_safetensors(file: Path) -> bool:
+    """By the name, or by the bytes: a JSON object behind its length."""
+    with file.open("rb") as stream:
+        return file.suffix == ".safetensors" or stream.read(9)[8:] == b"{"
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -157,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     _refuse_lfs_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(_damaged(path, error)) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object {{…}}, but holds a {type(value).__name__}")

@@ -129,6 +129,7 @@ def run(path: Path, state: dict[str, Any], steps: int, learning_rate: float,
             progress = {"step": i + 1, "seconds": spent}
             save({name: holder.state_dict() for name, holder in state.items()} | progress, path)
             sums, count = {}, 0
+    once(lambda: None)              # nobody reads the checkpoint before its last state is written
 
 
 def sheet(images: Tensor, columns: int, path: Path) -> None:
