@@ -56,8 +56,8 @@ def plan(name: str, part: Part) -> tuple[Callable[[], nn.Module], Rename]:
         raise ValueError(f"config.json of {part.where} describes a {found}; "
                          f"it can be a {' or a '.join(classes)}")
     # transformers would fetch and run a kernel that a config names as the implementation of its attention.
-    config = {key: value for key, value in part.config.items() if "_implementation" not in key}
-    return lambda: classes[found](CLIPTextConfig.from_dict(config)), rename_open_clip
+    fields = {key: value for key, value in part.config.items() if "_implementation" not in key}
+    return lambda: classes[found](CLIPTextConfig.from_dict(fields)), rename_open_clip
 
 
 def vae_config(part: Part) -> VAEConfig | TinyVAEConfig:
