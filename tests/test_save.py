@@ -231,6 +231,9 @@ def test_unet_configs_come_back(name):
     # One number stands there for a list of equal ones; and published files do not say all that is false.
     different = {field for field in again.config
                  if field[0] != "_" and again.config[field] != theirs.config[field]}
+    if name == "SD 1.5 inpaint":                        # the published 32, which nobody believes
+        assert (theirs.config.sample_size, again.config.sample_size) == (32, 64)
+        different.remove("sample_size")
     assert different <= {"attention_head_dim", "transformer_layers_per_block", "upcast_attention"}
     assert {name: tensor.shape for name, tensor in theirs.state_dict().items()} == {
             name: tensor.shape for name, tensor in again.state_dict().items()}
