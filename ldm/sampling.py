@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import guidance, images, inpainting, schedulers
 from .denoiser import Denoise, Denoiser
-from .models import VAE
+from .models import VAE, UNetConfig
 from .models.vae import Decoder
 from .noise import Noise, seeded
 from .noise_schedule import check_sigmas
@@ -361,8 +361,8 @@ def _check_refiner(pipe: Pipeline, refiner: Pipeline) -> None:
     if not np.array_equal(pipe.schedule.betas, refiner.schedule.betas):
         raise ValueError(f"{differ} were trained with different noise schedules, so the one cannot go on "
                          f"where the other stops.")
-    configs = [config for p in (pipe, refiner) if (config := getattr(p.unet, "config", None)) is not None]
-    if len({config.vector_dim is None for config in configs}) == 2:
+    configs = [getattr(p.unet, "config", None) for p in (pipe, refiner)]
+    if len({config.vector_dim is None for config in configs if isinstance(config, UNetConfig)}) == 2:
         raise ValueError(f"{differ} know different latents: only one of them is a Stable Diffusion XL.")
     if pipe.device != refiner.device:
         raise ValueError(f"{differ} are on different devices, {pipe.device} and {refiner.device}.")

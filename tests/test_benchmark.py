@@ -59,6 +59,11 @@ def test_a_page_keeps_its_words(tmp_path, monkeypatch):
     assert benchmark.page(page) == page.replace("old", unmeasured)
 
 
+def test_the_tables_of_the_page_are_those_of_the_json():
+    text = benchmark.PAGE.read_text("utf-8")
+    assert benchmark.page(text) == text, "run: python scripts/benchmark.py --tables"
+
+
 def test_what_is_quick_can_be_measured():
     result = {"rates": {"flops": 1e12}, "dtype": "float32", "counted": {
         name: {"flops": 1.0} for name in ("SD 1.5, one call with guidance", "decode, 512 × 512")}}

@@ -115,9 +115,9 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
 
     Training frameworks keep the weights in a `state_dict`, beside steps and callbacks: these are left out.
     """
-    _refuse_lfs_pointer(file)
     if _is_safetensors(file):
         return read_tensors([file])
+    _refuse_lfs_pointer(file)
     value = read_pickle(file)
     for _ in range(4):                              # not forever: a hostile file may be its own state_dict
         value = value.get("state_dict", value) if isinstance(value, dict) else {}

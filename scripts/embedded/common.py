@@ -46,8 +46,8 @@ def once(action: Callable[[], Any]) -> None:
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Over the processes: a step of all of them is one step on all their samples. In one piece, for hundreds
-    of small exchanges take longer than a large one."""
+    """Over the processes: a step of all of them is one step on all their samples. One exchange for all
+    tensors."""
     if WORLD > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]
         together  = torch.cat([g.flatten() for g in gradients])
