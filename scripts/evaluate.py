@@ -25,9 +25,10 @@ import ldm
 
 
 def prompt_for(scene: Scene) -> str:
-    """A single thing with its size, pattern and place; a pair with its relation."""
+    """A single thing with its size, pattern and place; a pair with its relation. What is judged is said:
+    things whose captions give no size are medium in two cases of three only."""
     def name(thing, sized):
-        words = [thing.size if sized and thing.size != "medium" else "",
+        words = [thing.size if sized else "",
                  thing.texture if thing.texture != "plain" else "", thing.colour, thing.shape]
         text = " ".join(filter(None, words))
         return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"

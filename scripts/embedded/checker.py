@@ -5,12 +5,12 @@ background.
 
 Numpy and Pillow only, no learning. The background's colour is that of the border. What differs from it in
 colour is cut into connected regions; a region's colour is the most frequent one inside it, its shape the
-outline of `world.py` with which it overlaps best.
+outline of `world.py` with which it overlaps best, and a ring if there is a hole in it.
 """
 
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -48,7 +48,6 @@ def read(picture: Image.Image) -> Reading:
     border = np.concatenate([part.ravel() for part in (names[:3], names[-3:], names[:, :3], names[:, -3:])])
     ground = int(np.bincount(border, minlength=len(COLOURS)).argmax())
     things = [_identify(region, names, ground) for region in regions(names != ground)]
-    things = [thing for thing in things if thing is not None]
     return Reading(list(COLOURS)[ground], tuple(sorted(things, key=lambda thing: -thing.radius)))
 
 
@@ -137,55 +136,73 @@ def _dilate(mask: np.ndarray) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------------------------- shapes
 
-GLYPH = 48
+GLYPH = 48                     # pixels of a glyph's side
+REACH = 1.2                    # from a glyph's middle to its border, in roots of the shape's area
+HOLE = .1                      # of what the outline encloses; a ring's is .30
 
 
-def _glyph(mask: np.ndarray) -> np.ndarray:
-    """A mask cut to its bounds and scaled to a longer side of GLYPH pixels: (GLYPH, GLYPH) in [0, 1]."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    cut = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    h, w = cut.shape
-    scale = GLYPH / max(h, w)
-    size = max(1, round(w * scale)), max(1, round(h * scale))
-    image = Image.fromarray((cut * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    glyph = np.zeros((GLYPH, GLYPH), np.float32)
-    top, left = (GLYPH - size[1]) // 2, (GLYPH - size[0]) // 2
-    glyph[top:top + size[1], left:left + size[0]] = np.asarray(image, np.float32) / 255
-    return glyph
+@dataclass(frozen=True)
+class Outline:
+    """What a region or an ideal shape covers, holes filled. Two outlines are compared with their centres of
+    mass and their areas made equal: a corner that sticks out moves those less than it moves the bounds."""
+    glyph: np.ndarray          # (GLYPH, GLYPH) in [0, 1]
+    x: float                   # the centre of mass, in pixels
+    y: float
+    root: float                # of the area, in pixels
+    hole: bool
+
+
+def _outline(mask: np.ndarray) -> Outline:
+    full = _filled(mask)
+    rows, columns = np.nonzero(full)
+    x, y, root = float(columns.mean()) + .5, float(rows.mean()) + .5, float(full.sum()) ** .5
+    pad, half = len(mask), REACH * root                              # the glyph may reach beyond the picture
+    box = x + pad - half, y + pad - half, x + pad + half, y + pad + half
+    image = Image.fromarray((np.pad(full, pad) * 255).astype(np.uint8))
+    glyph = image.resize((GLYPH, GLYPH), Image.Resampling.BILINEAR, box=box)
+    return Outline(np.asarray(glyph, np.float32) / 255, x, y, root, 1 - mask.sum() / full.sum() > HOLE)
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """The mask without its holes: all that cannot be reached from beyond the picture."""
+    free = np.pad(~mask, 1, constant_values=True)
+    outside = np.zeros_like(free)
+    outside[0] = outside[-1] = outside[:, 0] = outside[:, -1] = True
+    while True:
+        spread = _dilate(outside) & free
+        if (spread == outside).all():
+            return ~outside[1:-1, 1:-1]
+        outside = spread
 
 
 @cache
-def _templates() -> dict[str, tuple[np.ndarray, float, tuple[float, float]]]:
-    """Shape → its glyph, its longer side over twice its radius, and the middle of its bounds in radii from
-    its centre."""
+def _ideals() -> dict[str, Outline]:
+    """Each shape, with its centre and the root of its area in radii, the centre from that of the shape."""
     result = {}
     for shape in SHAPES:
-        scene = Scene((Thing("black", shape, "large", "plain", (1, 1), .5, .5, .4),), "white")
-        mask = np.asarray(render(scene, 400).convert("L")) < 128
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        extent = max(np.ptp(rows), np.ptp(columns)) + 1
-        middle = (columns[0] + columns[-1]) / 2 - 199.5, (rows[0] + rows[-1]) / 2 - 199.5
-        result[shape] = _glyph(mask), extent / 320, (middle[0] / 160, middle[1] / 160)
+        side, radius = 400, 160                                                             # in pixels
+        scene = Scene((Thing("black", shape, "large", "plain", (1, 1), .5, .5, radius / side),), "white")
+        ideal = _outline(np.asarray(render(scene, side).convert("L")) < 128)
+        result[shape] = replace(ideal, x=(ideal.x - side / 2) / radius, y=(ideal.y - side / 2) / radius,
+                                root=ideal.root / radius)
     return result
 
 
-def _identify(region: np.ndarray, names: np.ndarray, ground: int) -> Found | None:
-    glyph = _glyph(region)
-    overlaps = {shape: float(np.minimum(glyph, ideal).sum() / np.maximum(glyph, ideal).sum())
-                for shape, (ideal, _, _) in _templates().items()}
+def _identify(region: np.ndarray, names: np.ndarray, ground: int) -> Found:
+    outline = _outline(region)
+    overlaps = {shape: float(np.minimum(outline.glyph, ideal.glyph).sum() /
+                             np.maximum(outline.glyph, ideal.glyph).sum())
+                for shape, ideal in _ideals().items() if ideal.hole == outline.hole}
     shape = max(overlaps, key=overlaps.__getitem__)
     votes = np.bincount(names[region], minlength=len(COLOURS))
     votes[ground] = 0
-    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-    extent = max(np.ptp(rows), np.ptp(columns)) + 1
-    _, ratio, (dx, dy) = _templates()[shape]
-    radius = extent / SIDE / 2 / ratio
-    x = (columns[0] + columns[-1] + 1) / 2 / SIDE - dx * radius
-    y = (rows[0] + rows[-1] + 1) / 2 / SIDE - dy * radius
+    ideal = _ideals()[shape]
+    radius = outline.root / ideal.root / SIDE
+    x, y = outline.x / SIDE - ideal.x * radius, outline.y / SIDE - ideal.y * radius
     size = ("small", "medium", "large")[sum(radius > border for border in SIZE_BORDERS)]
     column, row = (min(range(3), key=lambda i: abs(GRID[i] - p)) for p in (x, y))
-    return Found(list(COLOURS)[int(votes.argmax())], shape, size, (column, row), float(x), float(y),
-                 float(radius), likeness=overlaps[shape])
+    return Found(list(COLOURS)[int(votes.argmax())], shape, size, (column, row), x, y, radius,
+                 likeness=overlaps[shape])
 
 
 if __name__ == "__main__":

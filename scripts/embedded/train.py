@@ -55,6 +55,9 @@ def main() -> None:
     parser.add_argument("--from", dest="start", type=Path, help="a model's folder: unet, export by default")
     parser.add_argument("--batch", type=int, default=32, help="pictures of a step of the U-Net, each process")
     parser.add_argument("--rate", type=float, default=1e-3, help="the U-Net's highest learning rate")
+    parser.add_argument("--noisy", type=float, default=.3, metavar="SHARE",
+                        help="of the U-Net's timesteps, from the noisiest fifth alone: .3 until layouts are\n"
+                             "learned, then 0, for outlines are decided at less noise")
     parser.add_argument("--seed", type=int, default=0, help="of the U-Net's samples; a new one to train on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -83,7 +86,7 @@ def main() -> None:
                         grow(train_unet.averaged(args.out / "half.pt", unet)))
                 steps, size = args.unet_steps, args.size
             train_unet.train(path, unet, vae, steps, args.scenes, size, args.batch, args.rate,
-                             args.seed, args.device)
+                             args.noisy, args.seed, args.device)
         elif stage == "polish":
             train_vae.polish(args.out, args.polish_steps, args.size, args.device)
         else:
@@ -134,7 +137,7 @@ def card(args: argparse.Namespace, unet: dict, config: UNetConfig) -> str:
         return (args.out / name).read_text() if (args.out / name).exists() else otherwise
     return CARD.format(size=args.size, unet=config, vae=load_vae(args.out / "vae").config,
                        scenes=args.scenes, batch=args.batch * WORLD, rows=rows,
-                       rate=args.rate, noisy=train_unet.NOISY_SHARE, dropped=train_unet.DROPPED,
+                       rate=args.rate, noisy=args.noisy, dropped=train_unet.DROPPED,
                        date=time.strftime("%Y-%m-%d"), machine=machine,
                        commit=commit.stdout.strip() or "not yet committed", torch=torch.__version__,
                        text=f"{train_text.LAYERS} layers of {train_text.WIDTH}, {train_text.LENGTH} tokens",

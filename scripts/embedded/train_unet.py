@@ -1,8 +1,8 @@
 """Stages 3 and 4: the U-Net, on latents encoded beforehand, with captions written afresh each time a scene
 comes by; first its inner levels, on pictures of half the size (`grow.py`).
 
-v-prediction with a uniform weight; a quarter of the timesteps is drawn from the noisiest fifth, where the
-layout is decided.
+v-prediction with a uniform weight; more timesteps than one in five are drawn from the noisiest fifth, where
+the layout is decided, until it is learned.
 """
 
 from pathlib import Path
@@ -27,7 +27,6 @@ from ldm.schedulers import dpm_solver_pp
 INNER = UNetConfig(channels=(64, 128, 192), layers=1, depth=(1, 1, 1), heads=(4, 4, 4), groups=8,
                    context_dim=128)
 EMA_DECAY = .998
-NOISY_SHARE = .3
 DROPPED = .1                    # captions replaced by the empty one
 SCENE_SEED = 20_000_000         # scene k of the training set is random_scene(Random(SCENE_SEED + k))
 PROMPTS = (
@@ -75,9 +74,9 @@ def averaged(path: Path, unet: UNet) -> UNet:
 
 
 def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, batch: int, rate: float,
-          seed: int, device: str) -> None:
+          noisy: float, seed: int, device: str) -> None:
     """Trains to `path`, a checkpoint, on `batch` pictures a step and process; `rate` is the highest learning
-    rate, `seed` decides what is drawn."""
+    rate, `noisy` the share of timesteps from the noisiest fifth alone, `seed` decides what is drawn."""
     out = path.parent
     once(lambda: encode_scenes(vae, out, count, size, device))
     latents = torch.load(out / f"latents_{size}.pt", weights_only=True)[:count]
@@ -105,7 +104,7 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, b
         scenes = [random_scene(Random(SCENE_SEED + k)) for k in chosen.tolist()]
         text = states([caption(forget(scene, rng), rng) for scene in scenes])
         text = training.drop_captions(text, empty, DROPPED, generator)
-        t = training.sample_timesteps(batch, noisy_share=NOISY_SHARE, generator=generator)
+        t = training.sample_timesteps(batch, noisy_share=noisy, generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=on_gpu):
             loss = training.denoising_loss(network, x0, noise, t.to(device), sigmas[t].to(device), text,
