@@ -10,9 +10,13 @@ from PIL import Image
 import ldm
 from ldm.models import UNet, UNetConfig
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "scripts/embedded"
-sys.path.append(str(EMBEDDED))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts/embedded"))
 
+import train_unet
+from grow import grow
+from world import Scene, Thing
+
+EMBEDDED = Path(train_unet.__file__).parent
 # Trains a line on samples that the step's number decides; the arguments: checkpoint, steps, samples a step.
 PROGRAM = """
 import sys
@@ -77,8 +81,6 @@ def test_two_processes_take_one_step_on_all_their_samples(tmp_path):
 
 
 def test_the_unet_begins_with_what_it_learned_at_half_the_size(tmp_path):
-    import train_unet
-    from grow import grow
     pipe = ldm.load(device="cpu")
     pipe.save(tmp_path)                                  # autoencoder, text encoder and tokenizer, in float32
     command = [sys.executable, EMBEDDED / "train.py", "half", "unet", "--out", tmp_path, "--size", "128",
@@ -116,7 +118,6 @@ def test_training_a_finished_model_on_begins_with_its_weights_and_other_samples(
 
 
 def test_a_grown_unet_begins_as_the_small_one_at_twice_the_size():
-    from grow import grow
     torch.manual_seed(0)
     small = UNet(UNetConfig(channels=(16, 24, 32), layers=2, depth=(1, 1, 2), mid_depth=2, heads=(2, 2, 4),
                             groups=4, context_dim=12))
@@ -165,3 +166,16 @@ def test_fine_tuning_on_a_folder(tmp_path):
     assert torch.load(tmp_path / "out/training.pt", weights_only=True)["step"] == 4
     more = ldm.load(tmp_path / "out/model", device="cpu").unet.state_dict()
     assert any(not torch.equal(tensor, after.unet.state_dict()[name]) for name, tensor in more.items())
+
+
+def test_what_is_small_is_drawn_more_often_once_its_size_is_visible():
+    def scene(size, shape):
+        return Scene((Thing("red", "circle", "large", "plain", (0, 1), .26, .5, .2),
+                      Thing("blue", shape, size, "plain", (2, 1), .74, .5, .12)), "white")
+    weights = torch.tensor([train_unet.emphasis(scene(*kind)) for kind in (
+        ("large", "star"), ("small", "square"), ("small", "star"))])
+    t = torch.tensor([train_unet.VISIBLE - 1, train_unet.VISIBLE]).repeat_interleave(40_000)
+    chosen = train_unet.choose(t, weights, torch.Generator().manual_seed(0))
+    shares = [torch.bincount(part, minlength=3) / 40_000 for part in chosen.chunk(2)]
+    torch.testing.assert_close(shares[0], torch.tensor([1, 2, 5]) / 8, atol=.01, rtol=0)
+    torch.testing.assert_close(shares[1], torch.ones(3) / 3, atol=.01, rtol=0)

@@ -14,7 +14,7 @@ from common import draw, once, pixels, run, save, sheet
 from torch import Tensor
 from train_text import tokens
 from transformers import CLIPTextModel, CLIPTokenizer
-from world import caption, forget, random_scene
+from world import Scene, caption, forget, random_scene
 
 from ldm import training
 from ldm.denoiser import Conditioning, Denoiser
@@ -27,6 +27,7 @@ from ldm.schedulers import dpm_solver_pp
 INNER = UNetConfig(channels=(64, 128, 192), layers=1, depth=(1, 1, 1), heads=(4, 4, 4), groups=8,
                    context_dim=128)
 EMA_DECAY = .998
+VISIBLE = 600                   # below this timestep the noise does not hide how large a thing is
 DROPPED = .1                    # captions replaced by the empty one
 SCENE_SEED = 20_000_000         # scene k of the training set is random_scene(Random(SCENE_SEED + k))
 PROMPTS = (
@@ -63,6 +64,20 @@ def encode_scenes(vae: VAE, out: Path, count: int, size: int, device: str) -> No
         print(f"encoded {len(latents)}/{count}", flush=True)
 
 
+def emphasis(scene: Scene) -> float:
+    """How often a scene is drawn, relative to others, once its sizes are visible: small things are few pixels
+    of the loss and hard to draw, stars most of all."""
+    small = [thing.shape for thing in scene.things if thing.size == "small"]
+    return 5. if "star" in small else 2. if small else 1.
+
+
+def choose(t: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+    """The number of a scene for each timestep: by their weights where sizes are visible, elsewhere all alike,
+    so that what a caption leaves unsaid keeps its share."""
+    return torch.where(t < VISIBLE, *(torch.multinomial(w, len(t), replacement=True, generator=generator)
+                                      for w in (weights, torch.ones_like(weights))))
+
+
 def new_optimiser(unet: UNet) -> torch.optim.AdamW:
     return torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.01, fused=True)
 
@@ -95,16 +110,17 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, b
         return encoder(tokens(tokenizer, captions).to(device)).last_hidden_state
 
     empty, prompted = states([""]), states(list(PROMPTS))
+    weights = torch.tensor([emphasis(random_scene(Random(SCENE_SEED + k))) for k in range(len(latents))])
 
     def step(i: int) -> dict[str, Tensor]:
         number = seed * 1_000_000 + draw(i)
         generator, rng = torch.Generator().manual_seed(number), Random(30_000_000 + number)
-        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        t = training.sample_timesteps(batch, noisy_share=noisy, generator=generator)
+        chosen = choose(t, weights, generator)
         x0 = latents[chosen].float().to(device)
         scenes = [random_scene(Random(SCENE_SEED + k)) for k in chosen.tolist()]
         text = states([caption(forget(scene, rng), rng) for scene in scenes])
         text = training.drop_captions(text, empty, DROPPED, generator)
-        t = training.sample_timesteps(batch, noisy_share=noisy, generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=on_gpu):
             loss = training.denoising_loss(network, x0, noise, t.to(device), sigmas[t].to(device), text,
