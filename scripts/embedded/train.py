@@ -138,6 +138,7 @@ def card(args: argparse.Namespace, unet: dict, config: UNetConfig) -> str:
     return CARD.format(size=args.size, unet=config, vae=load_vae(args.out / "vae").config,
                        scenes=args.scenes, batch=args.batch * WORLD, rows=rows,
                        rate=args.rate, noisy=args.noisy, dropped=train_unet.DROPPED,
+                       visible=train_unet.VISIBLE,
                        date=time.strftime("%Y-%m-%d"), machine=machine,
                        commit=commit.stdout.strip() or "not yet committed", torch=torch.__version__,
                        text=f"{train_text.LAYERS} layers of {train_text.WIDTH}, {train_text.LENGTH} tokens",
@@ -167,7 +168,8 @@ below, left and right. It knows nothing else.
 {rows}
 
 U-Net: batches of {batch}, AdamW at {rate:g}, an exponential moving average of the weights (these are the ones
-here), {noisy:.0%} of the timesteps from the noisiest fifth, {dropped:.0%} of the captions empty.
+here), {noisy:.0%} of the timesteps from the noisiest fifth alone, {dropped:.0%} of the captions empty;
+below timestep {visible} scenes with something small in them are drawn more often (`emphasis`).
 {notes}
 ## Measured
 {measured}
