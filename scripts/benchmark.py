@@ -6,8 +6,8 @@
     python scripts/benchmark.py --device cuda    on a GPU: whole pictures of SD 1.5 and SDXL, batches, memory
     python scripts/benchmark.py --tables         tables and plots of docs/speed.md again, from the JSON files
 
-Both libraries get the same random weights of the published shapes, in one process, and take turns, in every
-second round backwards; shown is the median, and in brackets the fastest and the slowest. The ratio is the
+Both libraries get the same random weights of the published shapes, in one process, and take turns in an order
+that changes; shown is the median, and in brackets the fastest and the slowest. The ratio is the
 median of the ratios of each round: above 1, ldm is faster. The floor is the counted floating-point operations
 at the measured rate of a large matrix product. On a CPU with --threads 1 the clock is the process's own, so a
 busy machine does less harm.
@@ -195,15 +195,20 @@ def vaes(device: str, dtype: torch.dtype, family: str = "SD 1.5") -> tuple[nn.Mo
 
 def turns(clock: Clock, calls: dict[str, Callable[[], Any]], rounds: int,
           warm: dict[str, Callable[[], Any]] | None = None) -> dict[str, list[float]]:
-    """Seconds of each call, in rounds of one each, every second one backwards. `warm` is before, and not
-    counted: once on a CPU, three times on a GPU, where graphs are recorded in the second call."""
+    """Seconds of each call, in rounds of one each. The order changes: after two rounds for each call, each
+    was first and last equally often, and once came after itself, when it may find its memory still at hand.
+    `warm` is before, and not counted: once on a CPU, three times on a GPU, where graphs are recorded in the
+    second call."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for _ in range(3 if clock.device == "cuda" else 1):
             for call in (warm or calls).values():
                 call()
+        names = list(calls)
         for i in range(rounds):
-            for name in calls if i % 2 else reversed(calls):
+            first = i // 2 % len(names)
+            order = names[first:] + names[:first]
+            for name in order if i % 2 else reversed(order):
                 seconds[name].append(clock(calls[name]))
     return seconds
 
@@ -739,7 +744,7 @@ def parts(args: argparse.Namespace, clock: Clock, result: dict[str, Any]) -> dic
     flops  = {name: one["flops"] for name, one in result["counted"].items()}
     step   = flops["SD 1.5, one call with guidance"]
     decode = flops["decode, 512 × 512"]
-    rounds = {"step": 2 if quick else 7, "decode": 20 if device == "cuda" else 2 if quick else 5}
+    rounds = {"step": 2 if quick else 6, "decode": 20 if device == "cuda" else 2 if quick else 5}
     common = {
         "decode":  lambda: ("rows", [one_decode(clock, dtype, rounds["decode"], peak, decode, quick)]),
         "memory":  lambda: ("memory", memory(device, dtype, (512, 1024, 2048))),

@@ -1,4 +1,5 @@
 """What scripts/benchmark.py makes of its numbers; the measuring itself is nothing for a test."""
+import itertools
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -23,9 +24,12 @@ def test_exponents_are_those_of_a_power_law_and_know_a_bend():
 def test_all_take_turns_and_each_goes_first():
     order, clock = [], Clock("cpu")
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = benchmark.turns(clock, calls, 2)
-    assert {name: len(each) for name, each in seconds.items()} == dict.fromkeys("abc", 2)
-    assert "".join(order) == "abc" "cba" "abc"
+    seconds = benchmark.turns(clock, calls, 6)
+    assert {name: len(each) for name, each in seconds.items()} == dict.fromkeys("abc", 6)
+    rounds = ["".join(order[i:i + 3]) for i in range(3, 21, 3)]                       # after one to warm up
+    assert rounds == ["cba", "abc", "acb", "bca", "bac", "cab"]
+    after_itself = [a for a, b in itertools.pairwise(order[3:]) if a == b]
+    assert sorted(after_itself) == ["a", "b", "c"]
     order.clear()
     benchmark.turns(clock, calls, 1, {"a": calls["a"]})
     assert "".join(order) == "a" "cba"

@@ -1,10 +1,12 @@
 """U-Net and autoencoder against diffusers': names, shapes, numbers; and what the configs accept."""
 import math
+from collections import Counter
 
 import diffusers
 import oracles
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.models import VAE, TinyVAE, TinyVAEConfig, UNet, UNetConfig, VAEConfig
 from ldm.models.layers import timestep_embedding
@@ -94,6 +96,37 @@ def test_the_names_of_taesds_author(files):
     assert renamed.keys() == wanted.keys()
     assert all(torch.equal(renamed[name], wanted[name]) for name in wanted)
     assert rename_taesd(wanted, wanted) == wanted
+
+
+@pytest.mark.parametrize("family", oracles.TINY_UNETS)
+def test_unet_runs_the_kernels_of_diffusers_and_copies_no_more(family):
+    """Whoever is faster on a CPU, it is not for the number of products or copies."""
+    config = oracles.TINY_UNETS[family]
+    theirs, ours = oracles.unet_pair(config, torch.float32)
+    their_inputs, our_inputs = oracles.unet_inputs(config, torch.float32, (8, 8))
+    counts = []
+    for network, inputs in ((ours, our_inputs), (theirs, their_inputs)):
+        with torch.no_grad(), Kernels() as kernels:
+            network(**inputs)
+        counts.append(kernels.count)
+    assert counts[0]["convolution"] > 0
+    for name in ("convolution", "addmm", "mm", "_scaled_dot_product_flash_attention_for_cpu",
+                 "native_group_norm", "native_layer_norm", "gelu", "upsample_nearest2d"):
+        assert counts[0][name] == counts[1][name], name
+    copies = [sum(count[name] for name in ("clone", "copy_", "_to_copy", "cat")) for count in counts]
+    assert copies[0] <= copies[1]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operators that are called, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def test_the_parity_of_the_networks_can_fail():
