@@ -266,8 +266,8 @@ def forget(scene: Scene, rng: Random) -> Scene:
 def caption(scene: Scene, rng: Random) -> str:
     """The scene in words; leaves sizes, textures, places and the background out at random.
 
-    What is left unsaid has a most likely meaning: a white background, the middle of the picture, a medium
-    plain thing.
+    What is left unsaid has a most likely meaning, right in four of five cases: a white background, the middle
+    of the picture, a medium thing. Where it could be anything, the network would draw a mixture.
     """
     phrases = [_phrase(thing, rng) for thing in scene.things]
     order = rng.sample(range(len(phrases)), len(phrases))
@@ -280,7 +280,9 @@ def caption(scene: Scene, rng: Random) -> str:
     elif ground:
         text = f"{text}{rng.choice(('', '', '', ','))} {ground}"
     opening = rng.choice(OPENINGS)
-    text = f"{opening} {text.removeprefix('a ') if opening.endswith(' a beautiful') else text}".strip()
+    if opening == "a beautiful":
+        text = text.removeprefix("a ").removeprefix("an ")
+    text = f"{opening} {text}".strip()
     if rng.random() < .15:                                          # as in telegrams: red star above blue box
         text = text.replace("a ", "").replace("an ", "").replace("the ", "")
     if rng.random() < .15:
@@ -291,7 +293,7 @@ def caption(scene: Scene, rng: Random) -> str:
 def _phrase(thing: Thing, rng: Random) -> str:
     colour = rng.choice(COLOUR_WORDS.get(thing.colour, (thing.colour,)))
     noun = rng.choice(NOUNS.get(thing.shape, (thing.shape,)))
-    said = rng.random() < (.2 if thing.size == "medium" else .7)
+    said = rng.random() < (.2 if thing.size == "medium" else .9)
     words = [rng.choice(SIZE_WORDS[thing.size])] if said else []
     tail = ""
     if thing.texture == "plain" and rng.random() < .05:
@@ -338,7 +340,7 @@ def _together(first: Thing, second: Thing, a: str, b: str, rng: Random) -> str:
 
 
 def _background(scene: Scene, rng: Random) -> str:
-    if rng.random() < (.6 if scene.background == "white" else .1):
+    if rng.random() < (.6 if scene.background == "white" else .02):
         return ""
     words = [rng.choice(COLOUR_WORDS.get(scene.background, (scene.background,)))]
     if scene.backdrop in ("striped", "dotted"):
