@@ -25,8 +25,8 @@ import ldm
 
 
 def prompt_for(scene: Scene) -> str:
-    """A single thing with its size, pattern and place; a pair with its relation. What is judged is said:
-    things whose captions give no size are medium in two cases of three only."""
+    """A single thing with its size, pattern and place; a pair with its relation. What is judged is said,
+    "medium" too: in training not every thing whose caption gave no size was medium."""
     def name(thing, sized):
         words = [thing.size if sized else "",
                  thing.texture if thing.texture != "plain" else "", thing.colour, thing.shape]

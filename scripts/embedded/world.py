@@ -267,7 +267,7 @@ def caption(scene: Scene, rng: Random) -> str:
     """The scene in words; leaves sizes, textures, places and the background out at random.
 
     What is left unsaid has a most likely meaning, right in four of five cases: a white background, the middle
-    of the picture, a medium thing. Where it could be anything, the network would draw a mixture.
+    of the picture, a medium thing.
     """
     phrases = [_phrase(thing, rng) for thing in scene.things]
     order = rng.sample(range(len(phrases)), len(phrases))
