@@ -17,6 +17,7 @@ from grow import grow
 from world import Scene, Thing
 
 EMBEDDED = Path(train_unet.__file__).parent
+
 # Trains a line on samples that the step's number decides; the arguments: checkpoint, steps, samples a step.
 PROGRAM = """
 import sys

@@ -109,10 +109,9 @@ def test_unet_runs_the_kernels_of_diffusers_and_copies_no_more(family):
         with torch.no_grad(), Kernels() as kernels:
             network(**inputs)
         counts.append(kernels.count)
-    assert counts[0]["convolution"] > 0
     for name in ("convolution", "addmm", "mm", "_scaled_dot_product_flash_attention_for_cpu",
                  "native_group_norm", "native_layer_norm", "gelu", "upsample_nearest2d"):
-        assert counts[0][name] == counts[1][name], name
+        assert counts[0][name] == counts[1][name] > 0, name
     copies = [sum(count[name] for name in ("clone", "copy_", "_to_copy", "cat")) for count in counts]
     assert copies[0] <= copies[1]
 

@@ -13,7 +13,7 @@ Start it again after a kill and it goes on from the last checkpoint in FOLDER. O
 
 To train a model on, the one in the package for example, instead of beginning from nothing:
 
-    python scripts/embedded/train.py --out FOLDER --from ldm/assets/shapes --rate 5e-4 --seed 1
+    python scripts/embedded/train.py --out FOLDER --from ldm/assets/shapes --rate 5e-4 --noisy 0 --seed 1
 """
 
 import argparse
