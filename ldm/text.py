@@ -1,4 +1,5 @@
 """Prompts → Conditioning, through the CLIP text encoder of `transformers` (Radford et al. 2021)."""
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ class ClipText:
     too, as it did in training: CLIP is padded with end tokens, OpenCLIP with "!" (id 0). CLIP's own attention
     is causal, so a word knows only the words before it.
 
-    penultimate: as XL wants it, see the table. It is not the "clip skip" of other programs, which use an
-                 earlier layer of Stable Diffusion 1.x, but with the final LayerNorm.
+    penultimate: as XL wants it, see the table. "Clip skip", an earlier layer of Stable Diffusion 1.x with the
+                 final LayerNorm, is `without_last_layers`.
     """
     tokenizer: "CLIPTokenizer"
     model: "CLIPTextModel | CLIPTextModelWithProjection"
@@ -72,6 +73,33 @@ class ClipText:
         # The tokens without start and end; two less than S of them fit. verbose=False: our warning is better.
         tokens = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return str(self.tokenizer.decode(tokens[self.max_tokens - 2:])).strip()
+
+
+def without_last_layers(text: ClipText, count: int) -> ClipText:
+    """The encoder without its last `count` layers, its final LayerNorm after those that are left; the weights
+    are shared. Some models derived from Stable Diffusion 1.x were trained so and say "clip skip 2", which is
+    count=1 here and clip_skip=1 in diffusers.
+
+        pipe = replace(pipe, text=without_last_layers(pipe.text, 1))
+
+    What every prompt goes through, the negative one too. A pipeline saved with it has a file that many layers
+    shorter, as those of Stable Diffusion 2.x are.
+
+    Raises:
+        ValueError: no layer would be left, or it is an encoder of XL, which reads the last layer but one by
+            itself.
+    """
+    model  = copy.deepcopy(text.model, {id(p): p for p in text.model.parameters()})
+    layers = getattr(model, "text_model", model).encoder.layers
+    if text.penultimate:
+        raise ValueError("XL already reads the last layer but one of its text encoders, as it was trained "
+                         "to; only encoders of Stable Diffusion 1.x and 2.x can do without more of them.")
+    if not 0 <= count < len(layers):
+        raise ValueError(f"The text encoder has {len(layers)} layers: from 0 to {len(layers) - 1} of them "
+                         f"can be left out, not {count}.")
+    del layers[len(layers) - count:]
+    model.config.num_hidden_layers -= count
+    return ClipText(text.tokenizer, model)
 
 
 @dataclass(frozen=True)

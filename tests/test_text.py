@@ -1,5 +1,6 @@
 """Prompts to conditionings."""
 import warnings
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -7,6 +8,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import ldm
+from ldm.text import without_last_layers
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +49,31 @@ def test_a_long_prompt_is_warned_of_once_and_the_words_left_out_are_named(text):
     assert "'cat in the hat'" in str(caught[0].message).replace("c a t", "cat").replace("i n", "in").replace(
         "t h e", "the").replace("h a t", "hat")
     torch.testing.assert_close(conditioning.context[0], text(["a " * 75]).context[0])
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+def test_clip_skip_is_an_earlier_state_after_the_final_norm_and_stays_so_in_a_file(folder, tmp_path, skipped):
+    """As diffusers' encode_prompt(clip_skip=…) has it, which fails with transformers of today."""
+    pipe     = ldm.load(folder, device="cpu")
+    model    = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    tokens   = pipe.text.tokenizer("a cat", padding="max_length", max_length=77, return_tensors="pt")
+    states   = model(tokens.input_ids, output_hidden_states=True).hidden_states
+    expected = getattr(model, "text_model", model).final_layer_norm(states[-(skipped + 1)])
+    whole    = pipe.text(["a cat"]).context
+    shorter = replace(pipe, text=without_last_layers(pipe.text, skipped))
+    torch.testing.assert_close(shorter.text(["a cat"]).context, expected)
+    assert torch.equal(pipe.text(["a cat"]).context, whole)                      # the one it was made from
+    assert skipped == 0 or (expected - whole).abs().max() > .01
+    weights = {p.data_ptr() for p in pipe.text.model.parameters()}
+    assert {p.data_ptr() for p in shorter.text.model.parameters()} <= weights
+    shorter.save(tmp_path / "shorter")
+    again = ldm.load(tmp_path / "shorter", device="cpu")
+    torch.testing.assert_close(again.text(["a cat"]).context, expected)
+
+
+def test_clip_skip_is_refused_where_it_means_nothing(text):
+    for count in (3, -1):
+        with pytest.raises(ValueError, match=f"3 layers: from 0 to 2 of them can be left out, not {count}"):
+            without_last_layers(text, count)
+    with pytest.raises(ValueError, match="XL already reads the last layer but one"):
+        without_last_layers(replace(text, penultimate=True), 1)
