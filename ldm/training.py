@@ -52,6 +52,20 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return x0 + _wide(sigma, x0) * noise
 
 
+def offset_noise(noise: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
+    """Adds to each channel of each sample, (N, C, h, w), a constant from N(0, strength²) (Guttenberg 2023,
+    "Diffusion with offset noise").
+
+    The last timestep is not noise alone: with Stable Diffusion's βs it still holds .068 of the picture, and
+    the mean over all h·w points shows it through noise whose own mean is only 1/√(h·w). A network that has
+    learned to look there takes the mean of the pure noise that sampling begins with for that of a picture
+    neither dark nor bright (Lin et al. 2023, section 3, who change the schedule instead). A random offset
+    hides the mean while it is that small: `strength` should be above .068 of what the means of latents are.
+    """
+    offsets = torch.randn(noise.shape[:2], generator=generator).to(noise)
+    return noise + strength * offsets[..., None, None]                                  # (N, C, 1, 1)
+
+
 def target(prediction: str, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """What the network should answer: ε, x₀, or v = √ᾱ·ε − √(1−ᾱ)·x₀ = (ε − σ·x₀)/√(1+σ²) (Salimans & Ho
     2022, appendix D).

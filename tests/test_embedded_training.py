@@ -169,14 +169,19 @@ def test_fine_tuning_on_a_folder(tmp_path):
     assert any(not torch.equal(tensor, after.unet.state_dict()[name]) for name, tensor in more.items())
 
 
-def test_what_is_small_is_drawn_more_often_once_its_size_is_visible():
-    def scene(size, shape):
-        return Scene((Thing("red", "circle", "large", "plain", (0, 1), .26, .5, .2),
-                      Thing("blue", shape, size, "plain", (2, 1), .74, .5, .12)), "white")
-    weights = torch.tensor([train_unet.emphasis(scene(*kind)) for kind in (
-        ("large", "star"), ("small", "square"), ("small", "star"))])
+def test_single_things_are_drawn_more_often_and_small_ones_once_their_size_is_visible():
+    def scene(size, shape, count=2):
+        things = (Thing("blue", shape, size, "plain", (2, 1), .74, .5, .12),
+                  Thing("red", "circle", "large", "plain", (0, 1), .26, .5, .2))
+        return Scene(things[:count], "white")
+    scenes = [scene("large", "star"), scene("small", "square"), scene("small", "star"),
+              scene("large", "star", 1), scene("small", "square", 1)]
+    visible, hidden = ([train_unet.emphasis(scene, visible) for scene in scenes] for visible in (True, False))
+    assert visible == [1, 2, 5, 2, 4]
+    assert hidden == [1, 1, 1, 2, 2]
     t = torch.tensor([train_unet.VISIBLE - 1, train_unet.VISIBLE]).repeat_interleave(40_000)
-    chosen = train_unet.choose(t, weights, torch.Generator().manual_seed(0))
-    shares = [torch.bincount(part, minlength=3) / 40_000 for part in chosen.chunk(2)]
-    torch.testing.assert_close(shares[0], torch.tensor([1, 2, 5]) / 8, atol=.01, rtol=0)
-    torch.testing.assert_close(shares[1], torch.ones(3) / 3, atol=.01, rtol=0)
+    weights = torch.tensor([visible, hidden])
+    chosen = train_unet.choose(t, *weights, torch.Generator().manual_seed(0))
+    for part, weight in zip(chosen.chunk(2), weights, strict=True):
+        share = torch.bincount(part, minlength=5) / 40_000
+        torch.testing.assert_close(share, weight / weight.sum(), atol=.01, rtol=0)

@@ -11,8 +11,21 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "embedded"))
 
 import checker
+import train_unet
 import world
-from world import COLOURS, HELD_OUT, NOUNS, SHAPES, Scene, Thing, caption, forget, random_scene, render
+from world import (
+    COLOURS,
+    HELD_OUT,
+    MORE_SHAPES,
+    NOUNS,
+    SHAPES,
+    Scene,
+    Thing,
+    caption,
+    forget,
+    random_scene,
+    render,
+)
 
 
 def thing(colour="red", shape="circle", size="large", texture="plain", place=(1, 1), x=.5, y=.5, radius=.22):
@@ -21,8 +34,8 @@ def thing(colour="red", shape="circle", size="large", texture="plain", place=(1,
 
 def test_training_never_sees_what_is_held_out_and_held_out_scenes_show_nothing_else():
     rng = Random(0)
-    for _ in range(3000):
-        kinds = [(t.colour, t.shape) for t in random_scene(rng).things]
+    for k in range(3000):
+        kinds = [(t.colour, t.shape) for t in train_unet.training_scene(k).things]
         assert not set(kinds) & HELD_OUT["combinations"]
         assert frozenset(kinds) not in HELD_OUT["pairs"]
     for _ in range(300):
@@ -137,12 +150,31 @@ def test_what_a_caption_leaves_unsaid_has_a_most_likely_meaning():
 
 
 def test_captions_speak_of_more_than_there_are_pictures_of():
-    scene = random_scene(Random(3), count=1, colours=("teal", "gold"), shapes=("hexagon",))
+    scene = random_scene(Random(3), count=1, colours=("teal", "gold"), shapes=("moon",))
     text  = caption(scene, Random(0))
     assert scene.things[0].colour in text
-    assert "hexagon" in text
-    with pytest.raises(ValueError, match="no shape named 'hexagon'"):
-        world.outline("hexagon")
+    assert "moon" in text
+    with pytest.raises(ValueError, match="no shape named 'moon'"):
+        world.outline("moon")
+
+
+def test_half_of_the_training_scenes_may_have_shapes_that_are_not_judged():
+    shapes = [{t.shape for t in train_unet.training_scene(k).things} for k in range(2000)]
+    assert set().union(*shapes[0::2]) == set(SHAPES)
+    assert set().union(*shapes[1::2]) == set(SHAPES + MORE_SHAPES)
+
+
+@pytest.mark.parametrize("shape", MORE_SHAPES)
+def test_shapes_that_are_not_judged_fill_their_radius_and_look_like_no_other(shape):
+    side, radius = 200, .3
+    def ink(name):
+        picture = render(Scene((thing("black", name, radius=radius),), "white"), side)
+        return np.asarray(picture.convert("L")) < 128
+    rows, columns = np.nonzero(ink(shape))
+    reach = max(np.ptp(rows), np.ptp(columns)) / (2 * radius * side)
+    assert .7 < reach < 1.05
+    for other in {*SHAPES, *MORE_SHAPES} - {shape}:
+        assert (ink(shape) & ink(other)).sum() / (ink(shape) | ink(other)).sum() < .9, other
 
 
 @pytest.mark.parametrize("size", [128, 256])

@@ -121,6 +121,17 @@ def test_captions_are_dropped_whole_and_as_often_as_asked():
     assert training.drop_captions(text, empty, 0).equal(text)
 
 
+def test_offset_noise_moves_whole_channels_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, 4, 3, 5, generator=generator)
+    moved = training.offset_noise(noise, .3, generator) - noise
+    offsets = moved.mean((2, 3))
+    assert (moved - offsets[..., None, None]).abs().max() < 1e-6                 # one number for each channel
+    assert abs(offsets.mean()) < .01
+    torch.testing.assert_close(torch.cov(offsets.T), .09 * torch.eye(4), atol=.01, rtol=0)
+    assert training.offset_noise(noise, 0).equal(noise)
+
+
 def test_ema_is_the_recursion_and_survives_a_restart():
     module = nn.Linear(3, 2)
     ema, expected = training.EMA(module, decay=.9), module.weight.detach().clone()

@@ -33,6 +33,7 @@ import train_vae
 from common import WORLD, join, once
 from export import export, load_vae
 from grow import grow
+from world import MORE_SHAPES
 
 import ldm
 from ldm.models.unet import UNet, UNetConfig
@@ -138,7 +139,7 @@ def card(args: argparse.Namespace, unet: dict, config: UNetConfig) -> str:
     return CARD.format(size=args.size, unet=config, vae=load_vae(args.out / "vae").config,
                        scenes=args.scenes, batch=args.batch * WORLD, rows=rows,
                        rate=args.rate, noisy=args.noisy, dropped=train_unet.DROPPED,
-                       visible=train_unet.VISIBLE,
+                       visible=train_unet.VISIBLE, offset=train_unet.OFFSET, more=", ".join(MORE_SHAPES),
                        date=time.strftime("%Y-%m-%d"), machine=machine,
                        commit=commit.stdout.strip() or "not yet committed", torch=torch.__version__,
                        text=f"{train_text.LAYERS} layers of {train_text.WIDTH}, {train_text.LENGTH} tokens",
@@ -169,12 +170,15 @@ below, left and right. It knows nothing else.
 
 U-Net: batches of {batch}, AdamW at {rate:g}, an exponential moving average of the weights (these are the ones
 here), {noisy:.0%} of the timesteps from the noisiest fifth alone, {dropped:.0%} of the captions empty;
-below timestep {visible} scenes with something small in them are drawn more often (`emphasis`).
+the noise with an offset of {offset:g} (`training.offset_noise`). Scenes of a single thing are drawn more
+often, below timestep {visible} those with something small, too (`emphasis`). Half of the scenes may have
+other shapes than the eight ({more}):
+for variety, nothing here measures how well they are drawn.
 {notes}
 ## Measured
 {measured}
 ## Limits
-Colours and shapes outside the list, more than two objects, and scenes of any other kind. The combinations in
+Colours and shapes outside the lists, more than two objects, and scenes of any other kind. The combinations in
 `HELD_OUT` of `world.py` were never drawn in training.
 """
 

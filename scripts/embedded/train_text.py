@@ -9,7 +9,7 @@ It must not learn which colours and shapes are never seen together ("pink … so
 say what a caption of a new combination says. Three things keep it from that. The decoder is asked what the
 caption says, not what the picture shows: a colour or shape left out has an answer of its own, not the
 likeliest one. It looks once and reads with linear maps, so each attribute must lie in a direction of its own.
-And the captions speak of more colours and shapes than the pictures have, so what is missing is rare.
+And the captions speak of more colours and shapes than anybody asks for, so what is missing is rare.
 """
 
 import json

@@ -2,7 +2,10 @@
 comes by; first its inner levels, on pictures of half the size (`grow.py`).
 
 v-prediction with a uniform weight; more timesteps than one in five are drawn from the noisiest fifth, where
-the layout is decided, until it is learned.
+the layout is decided, until it is learned. The noise has an offset, for sampling begins with noise alone
+(`training.offset_noise`). Half of the scenes may have `MORE_SHAPES`, so that no colour goes without a large
+part of all shapes, nor a shape without a large part of the colours: that is how combinations never seen stay
+possible.
 """
 
 from pathlib import Path
@@ -14,7 +17,7 @@ from common import draw, once, pixels, run, save, sheet
 from torch import Tensor
 from train_text import tokens
 from transformers import CLIPTextModel, CLIPTokenizer
-from world import Scene, caption, forget, random_scene
+from world import MORE_SHAPES, SHAPES, Scene, caption, forget, random_scene
 
 from ldm import training
 from ldm.denoiser import Conditioning, Denoiser
@@ -29,7 +32,8 @@ INNER = UNetConfig(channels=(64, 128, 192), layers=1, depth=(1, 1, 1), heads=(4,
 EMA_DECAY = .998
 VISIBLE = 600                   # below this timestep the noise does not hide how large a thing is
 DROPPED = .1                    # captions replaced by the empty one
-SCENE_SEED = 20_000_000         # scene k of the training set is random_scene(Random(SCENE_SEED + k))
+OFFSET = .15                    # of the noise; white latents have means of up to .12 at the last timestep
+SCENE_SEED = 20_000_000
 PROMPTS = (
     "a red circle on a blue background",             "a large yellow star",
     "a small green square on a white background",    "a black heart on a pink background",
@@ -49,13 +53,18 @@ PROMPTS = (
 )
 
 
+def training_scene(k: int) -> Scene:
+    """Scene k of the training set."""
+    return random_scene(Random(SCENE_SEED + k), shapes=SHAPES + MORE_SHAPES if k % 2 else SHAPES)
+
+
 def encode_scenes(vae: VAE, out: Path, count: int, size: int, device: str) -> None:
     """Writes latents_SIZE.pt: (count, 4, h, w), float16, standard deviation near one; in pieces."""
     path, chunk = out / f"latents_{size}.pt", 1024
     latents = torch.load(path, weights_only=True) if path.exists() else torch.empty(0, dtype=torch.half)
     while len(latents) < count:
         numbers = range(len(latents), min(count, len(latents) + chunk))
-        scenes = [random_scene(Random(SCENE_SEED + k)) for k in numbers]
+        scenes = [training_scene(k) for k in numbers]
         with torch.no_grad():
             new = [vae.encode(pixels(scenes[i:i + 32], size).to(device))[0].cpu().half()
                    for i in range(0, len(scenes), 32)]
@@ -64,18 +73,19 @@ def encode_scenes(vae: VAE, out: Path, count: int, size: int, device: str) -> No
         print(f"encoded {len(latents)}/{count}", flush=True)
 
 
-def emphasis(scene: Scene) -> float:
-    """How often a scene is drawn, relative to others, once its sizes are visible: small things are few pixels
-    of the loss and hard to draw, stars most of all."""
-    small = [thing.shape for thing in scene.things if thing.size == "small"]
-    return 5. if "star" in small else 2. if small else 1.
+def emphasis(scene: Scene, visible: bool) -> float:
+    """How often a scene is drawn, relative to others: a single thing twice as often, for pairs are more
+    frequent and yet soon learned. And once its sizes are visible, small things, which are few pixels of the
+    loss and hard to draw, stars most of all."""
+    small = [thing.shape for thing in scene.things if thing.size == "small" and visible]
+    return (3. - len(scene.things)) * (5. if "star" in small else 2. if small else 1.)
 
 
-def choose(t: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-    """The number of a scene for each timestep: by their weights where sizes are visible, elsewhere all alike,
-    so that what a caption leaves unsaid keeps its share."""
+def choose(t: Tensor, visible: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """The number of a scene for each timestep, by their weights where sizes are visible, and by others where
+    they are not, for there what a caption leaves unsaid has to keep its share."""
     return torch.where(t < VISIBLE, *(torch.multinomial(w, len(t), replacement=True, generator=generator)
-                                      for w in (weights, torch.ones_like(weights))))
+                                      for w in (visible, hidden)))
 
 
 def new_optimiser(unet: UNet) -> torch.optim.AdamW:
@@ -110,18 +120,19 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, b
         return encoder(tokens(tokenizer, captions).to(device)).last_hidden_state
 
     empty, prompted = states([""]), states(list(PROMPTS))
-    weights = torch.tensor([emphasis(random_scene(Random(SCENE_SEED + k))) for k in range(len(latents))])
+    all_scenes = [training_scene(k) for k in range(len(latents))]
+    weights = [torch.tensor([emphasis(s, visible) for s in all_scenes]) for visible in (True, False)]
 
     def step(i: int) -> dict[str, Tensor]:
         number = seed * 1_000_000 + draw(i)
         generator, rng = torch.Generator().manual_seed(number), Random(30_000_000 + number)
         t = training.sample_timesteps(batch, noisy_share=noisy, generator=generator)
-        chosen = choose(t, weights, generator)
+        chosen = choose(t, *weights, generator)
         x0 = latents[chosen].float().to(device)
-        scenes = [random_scene(Random(SCENE_SEED + k)) for k in chosen.tolist()]
-        text = states([caption(forget(scene, rng), rng) for scene in scenes])
+        text = states([caption(forget(all_scenes[k], rng), rng) for k in chosen.tolist()])
         text = training.drop_captions(text, empty, DROPPED, generator)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
+        noise = torch.randn(x0.shape, generator=generator)
+        noise = training.offset_noise(noise, OFFSET, generator).to(device)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=on_gpu):
             loss = training.denoising_loss(network, x0, noise, t.to(device), sigmas[t].to(device), text,
                                            "v_prediction")

@@ -23,6 +23,7 @@ COLOURS = {
     "black": (26, 26, 30), "gray": (140, 142, 148),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
+MORE_SHAPES = ("pentagon", "hexagon", "oval", "arrow", "cloud", "leaf", "crown")     # for variety: not judged
 SIZES = {"small": (.105, .125), "medium": (.15, .17), "large": (.20, .215)}        # radius, from … to
 LARGE_ALONE = (.20, .27)                                                       # a single object has more room
 TEXTURES = ("plain", "shaded", "striped", "dotted")
@@ -71,7 +72,8 @@ def random_scene(rng: Random, held_out: bool = False, count: int | None = None,
     """A scene with one or two things (`count`; by itself two in 70 % of the cases).
 
     held_out=True draws from what training never sees: one thing of a held-out combination, or a held-out
-    pair. `colours` and `shapes` may have others than the world's; such a scene has a caption, but no picture.
+    pair. `shapes` may have `MORE_SHAPES`; a scene of colours other than the world's has a caption, but no
+    picture.
     """
     count = count or (2 if rng.random() < .7 else 1)
     while True:
@@ -201,7 +203,25 @@ def outline(shape: str) -> list[tuple[list[tuple[float, float]], int]]:
         height = (13, -5, -2, -1)                                           # the cosines of the "heart curve"
         return [([(math.sin(a) ** 3, -sum(c * math.cos((k + 1) * a) for k, c in enumerate(height)) / 16 - .12)
                   for a in turn], 255)]
-    raise ValueError(f"no shape named {shape!r}; there are {', '.join(SHAPES)}")
+    if shape in ("pentagon", "hexagon"):
+        corners = 5 if shape == "pentagon" else 6
+        turns = [2 * math.pi * (i / corners - .25) for i in range(corners)]
+        return [([(math.cos(a), math.sin(a)) for a in turns], 255)]
+    if shape == "oval":
+        return [([(.98 * math.cos(a), .6 * math.sin(a)) for a in turn], 255)]
+    if shape == "arrow":
+        return [([(-.95, -.28), (.1, -.28), (.1, -.75), (.98, 0), (.1, .75), (.1, .28), (-.95, .28)], 255)]
+    if shape == "cloud":
+        discs = ((-.55, .2, .43), (-.05, -.1, .55), (.52, .15, .46))
+        return [([(-.55, .2), (.52, .2), (.52, .61), (-.55, .63)], 255)] + [
+                ([(x + r * math.cos(a), y + r * math.sin(a)) for a in turn], 255) for x, y, r in discs]
+    if shape == "leaf":                                           # two arcs from corner to corner
+        arc = [(i / 18 - 1, .42 * (1 - (i / 18 - 1) ** 2)) for i in range(37)]
+        lens = arc + [(u, -v) for u, v in reversed(arc)]
+        return [([(.72 * (u + v), .72 * (v - u)) for u, v in lens], 255)]
+    if shape == "crown":
+        return [([(-.95, .75), (-.95, -.6), (-.45, .05), (0, -.8), (.45, .05), (.95, -.6), (.95, .75)], 255)]
+    raise ValueError(f"no shape named {shape!r}; there are {', '.join(SHAPES + MORE_SHAPES)}")
 
 
 # --------------------------------------------------------------------------------------------------- captions
