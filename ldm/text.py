@@ -82,7 +82,7 @@ def without_last_layers(text: ClipText, count: int) -> ClipText:
 
         pipe = replace(pipe, text=without_last_layers(pipe.text, 1))
 
-    What every prompt goes through, the negative one too. A pipeline saved with it has a file that many layers
+    Every prompt goes through it, the negative one too. A pipeline saved with it has a file that many layers
     shorter, as those of Stable Diffusion 2.x are.
 
     Raises:

@@ -181,6 +181,17 @@ def test_keys_tell_v_and_a_terminal_snr_of_zero(made, tmp_path):
     assert row.sigmas(pipe.schedule, 20, config=pipe.scheduler_config)[0] == pipe.schedule.sigma_max
 
 
+@pytest.mark.parametrize(("said", "prediction"), [("v", "v_prediction"), ("epsilon", "epsilon")])
+def test_the_metadata_of_the_model_spec_tell_v(made, tmp_path, said, prediction):
+    _, state, _ = made("SDXL base")
+    path = tmp_path / "a.safetensors"
+    save_file({k: t.clone() for k, t in state.items()}, path, {"modelspec.prediction_type": said})
+    assert ldm.load(path, device="cpu").prediction == prediction
+    assert ("modelspec" in ldm.inspect(path).evidence) == (said == "v")
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")                      # which has no such header
+    assert ldm.load(tmp_path / "a.ckpt", device="cpu").prediction == "epsilon"
+
+
 def test_prediction_of_a_folder_can_be_overridden(made, tmp_path):
     folder = write_folder(tmp_path / "folder", "SD 1.5", made("SD 1.5")[0])
     pipe   = ldm.load(folder, device="cpu", prediction="v_prediction")

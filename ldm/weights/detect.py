@@ -164,10 +164,13 @@ def find_family(config: dict[str, Any], prediction: str, file_name: str) -> Fami
     return FAMILIES.get(f"{family} {variant}", FAMILIES[family])
 
 
-def find_prediction(config: dict[str, Any], unet: State, others: Mapping[str, str]) -> tuple[str, str]:
+def find_prediction(config: dict[str, Any], unet: State, others: Mapping[str, str],
+                    metadata: Mapping[str, str]) -> tuple[str, str]:
     """("epsilon" or "v_prediction", how we know)."""
     if "v_pred" in others:
         return "v_prediction", "the file has the key v_pred"
+    if metadata.get("modelspec.prediction_type") == "v":        # "epsilon" is what trainers write unasked
+        return "v_prediction", "the file's metadata have modelspec.prediction_type = v"
     if config["in_channels"] != 4:
         return "epsilon", f"{config['in_channels']} input channels: all such published models predict ε"
     if not config["use_linear_projection"] or config["projection_class_embeddings_input_dim"]:

@@ -128,6 +128,16 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def metadata(file: Path) -> dict[str, str]:
+    """What is written into the header of a `.safetensors` file; nothing for other files."""
+    from safetensors import safe_open
+
+    if not _is_safetensors(file):
+        return {}
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.metadata() or {}
+
+
 def _is_safetensors(file: Path) -> bool:
     """By the name, or by the bytes: a JSON object behind its length."""
     with file.open("rb") as stream:

@@ -17,7 +17,7 @@ from .detect import Family
 from .find import find, find_vae
 from .load import Part, load_tokenizer, shown
 from .names import State
-from .read import read_checkpoint, read_json, read_weights
+from .read import metadata, read_checkpoint, read_json, read_weights
 from .vocabulary import END, clip_tokenizer
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def open_file(path: Path, *, prediction: str | None = None, ema: bool = False) -
     unet     = _config(path, "unet", detect.unet_config, parts["unet"])
     evidence = "as asked for"
     if prediction is None:
-        prediction, evidence = detect.find_prediction(unet, parts["unet"], others)
+        prediction, evidence = detect.find_prediction(unet, parts["unet"], others, metadata(path))
     family   = detect.find_family(unet, prediction, path.name)
     return File(path, kind, state, parts, others, family, prediction, evidence)
 
