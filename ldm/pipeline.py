@@ -225,9 +225,11 @@ def load(name: str | Path | None = None, *, device: str | torch.device | None = 
 
 
 def _usual(config: UNetConfig, scheduler: str, name: str) -> tuple[int, float]:
-    """Steps and guidance scale of the published models of a kind. Only their names tell Turbo models."""
+    """Steps and guidance scale of the published models of a kind. Only names tell Turbo and Lightning."""
     if re.match(weights.TURBO, name):
         return 1, 1.0
+    if lightning := re.match(weights.LIGHTNING, name):
+        return int(lightning["steps"]), 1.0
     if scheduler == "lcm":
         return 4, 1.0 if config.guidance_dim is None else 8.5
     return 50, 7.5 if config.vector_dim is None else 5.0

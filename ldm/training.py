@@ -13,7 +13,7 @@ with a generator on the CPU and the schedule's σ's beside the latents; and `EMA
 used in the end. Shapes: N batch; latents (N, C, h, w); t and σ (N,); text (N, S, D).
 
 Ho et al. 2020 (DDPM); Salimans & Ho 2022 (v); Hang et al. 2023 (min-SNR); Ho & Salimans 2022 (classifier-free
-guidance).
+guidance); Guttenberg 2023 (offset noise).
 """
 from collections.abc import Callable
 from typing import Any
@@ -59,8 +59,8 @@ def offset_noise(noise: Tensor, strength: float, generator: torch.Generator | No
     The last timestep is not noise alone: with Stable Diffusion's βs it still holds .068 of the picture, and
     the mean over all h·w points shows it through noise whose own mean is only 1/√(h·w). A network that has
     learned to look there takes the mean of the pure noise that sampling begins with for that of a picture
-    neither dark nor bright (Lin et al. 2023, section 3, who change the schedule instead). A random offset
-    hides the mean while it is that small: `strength` should be above .068 of what the means of latents are.
+    neither dark nor bright (Lin et al. 2023, who change the schedule instead). A random offset hides the mean
+    while it is that small: `strength` should be above .068 of what the means of latents are.
     """
     offsets = torch.randn(noise.shape[:2], generator=generator).to(noise)
     return noise + strength * offsets[..., None, None]                                  # (N, C, 1, 1)

@@ -141,6 +141,19 @@ def test_turbo_is_known_by_the_names_of_its_files(made, tmp_path):
         assert pipe.scheduler_config["timestep_spacing"] == "trailing"
 
 
+def test_lightning_is_known_by_the_names_of_its_files(made, tmp_path):
+    for name, steps, prediction in (("sdxl_lightning_4step.safetensors", 4, "epsilon"),
+                                    ("sdxl_lightning_8step.safetensors", 8, "epsilon"),
+                                    ("sdxl_lightning_1step_x0.safetensors", 1, "sample")):
+        (tmp_path / name).symlink_to(made("SDXL base")[2])
+        pipe = ldm.load(tmp_path / name, device="cpu")
+        assert pipe.defaults == ldm.pipeline.Defaults("euler", steps, 1.0, 1024, 1024)
+        assert pipe.scheduler_config["timestep_spacing"] == "trailing"
+        assert pipe.prediction == prediction
+        assert pipe.zero_empty
+    assert ldm.load(tmp_path / name, device="cpu", prediction="epsilon").prediction == "epsilon"
+
+
 def test_lcm_is_known_by_its_guidance_embedding(made, tmp_path):
     _, state, _ = made("SD 1.5")
     weight = torch.randn(32, 256)

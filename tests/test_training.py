@@ -130,6 +130,8 @@ def test_offset_noise_moves_whole_channels_and_nothing_else():
     assert abs(offsets.mean()) < .01
     torch.testing.assert_close(torch.cov(offsets.T), .09 * torch.eye(4), atol=.01, rtol=0)
     assert training.offset_noise(noise, 0).equal(noise)
+    left = (1 + NoiseSchedule.scaled_linear().sigma_max ** 2) ** -.5              # of the picture, at the end
+    assert round(left, 3) == .068
 
 
 def test_ema_is_the_recursion_and_survives_a_restart():

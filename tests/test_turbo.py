@@ -129,6 +129,16 @@ def test_turbo_equals_diffusers(folders, model, name, steps):
     assert close(found, theirs(folders[model], name, num_inference_steps=steps, guidance_scale=0.0, **SIZE))
 
 
+@pytest.mark.parametrize(("steps", "prediction"), [(2, "epsilon"), (4, "epsilon"), (1, "sample")])
+def test_lightning_equals_diffusers(tmp_path, steps, prediction):
+    """Set up as its card says: Euler with trailing spacing, no guidance, and x₀ for one step."""
+    folder = tiny.write(tmp_path / "model", "SDXL base", prediction=prediction)
+    (folder / "scheduler/scheduler_config.json").write_text(
+        json.dumps({**oracles.SD, **EULER, "prediction_type": prediction}))
+    found  = ours(folder, scheduler="euler", spacing="trailing", steps=steps, guidance_scale=1, **SIZE)
+    assert close(found, theirs(folder, "euler", num_inference_steps=steps, guidance_scale=0.0, **SIZE))
+
+
 @pytest.mark.parametrize(("model", "name"), [("sd-turbo", "euler"), ("sdxl-turbo", "euler_a")])
 def test_turbo_from_a_picture_equals_diffusers(folders, model, name):
     """The example on their cards: one step of two."""

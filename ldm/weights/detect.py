@@ -60,7 +60,9 @@ KINDS = (
     ("emb_params",                 "a textual inversion",                     ""),
 )
 
-TURBO      = r"sd[-_]?(xl)?[-_]turbo"       # the names of the published files and repositories
+# The names of the published files and repositories.
+TURBO      = r"sd[-_]?(xl)?[-_]turbo"
+LIGHTNING  = r"sdxl[-_]lightning[-_](?P<steps>\d)[-_]?step(?P<x0>s?[-_]x0)?"
 TIME_WIDTH = 256        # Fourier features of each number of XL's sizes
 
 
@@ -102,6 +104,7 @@ FAMILIES = {
     "XL":            Family("Stable Diffusion XL base",         _EULER, 128, 0.13025, _ZEROS),
     "XL inpainting": Family("Stable Diffusion XL inpainting",   _EULER, 128, 0.13025, _ZEROS),
     "XL Turbo":      Family("Stable Diffusion XL Turbo", {**_EULER_A, **_TRAILING}, 64, 0.13025, _ZEROS),
+    "XL Lightning":  Family("Stable Diffusion XL Lightning", {**_EULER, **_TRAILING}, 128, 0.13025, _ZEROS),
     "XL refiner":    Family("Stable Diffusion XL refiner",      _EULER, 128, 0.13025,
                             {"requires_aesthetics_score": True}),
 }
@@ -149,7 +152,7 @@ def split(state: Mapping[str, Tensor]) -> tuple[dict[str, State], dict[str, str]
 def find_family(config: dict[str, Any], prediction: str, file_name: str) -> Family:
     """The row of `FAMILIES` for a U-Net's config.json.
 
-    Only Turbo has no mark in its tensors: it is known by the names of the published files.
+    Turbo and Lightning have no mark in their tensors: they are known by the names of the published files.
     """
     vector = config.get("projection_class_embeddings_input_dim")
     if vector is None:
@@ -159,14 +162,17 @@ def find_family(config: dict[str, Any], prediction: str, file_name: str) -> Fami
         family  = "XL refiner" if refiner else "XL"
     variant = ("inpainting" if config.get("in_channels") == 9 else
                "Turbo" if re.match(TURBO, file_name) else
+               "Lightning" if re.match(LIGHTNING, file_name) else
                "LCM" if config.get("time_cond_proj_dim") else
                "v" if prediction == "v_prediction" else "")
     return FAMILIES.get(f"{family} {variant}", FAMILIES[family])
 
 
 def find_prediction(config: dict[str, Any], unet: State, others: Mapping[str, str],
-                    metadata: Mapping[str, str]) -> tuple[str, str]:
-    """("epsilon" or "v_prediction", how we know)."""
+                    metadata: Mapping[str, str], file_name: str) -> tuple[str, str]:
+    """(one of `PREDICTIONS`, how we know)."""
+    if (lightning := re.match(LIGHTNING, file_name)) and lightning["x0"]:
+        return "sample", "the file's name says x0: Lightning for one step"
     if "v_pred" in others:
         return "v_prediction", "the file has the key v_pred"
     if metadata.get("modelspec.prediction_type") == "v":        # "epsilon" is what trainers write unasked

@@ -132,7 +132,7 @@ def open_file(path: Path, *, prediction: str | None = None, ema: bool = False) -
     unet     = _config(path, "unet", detect.unet_config, parts["unet"])
     evidence = "as asked for"
     if prediction is None:
-        prediction, evidence = detect.find_prediction(unet, parts["unet"], others, metadata(path))
+        prediction, evidence = detect.find_prediction(unet, parts["unet"], others, metadata(path), path.name)
     family   = detect.find_family(unet, prediction, path.name)
     return File(path, kind, state, parts, others, family, prediction, evidence)
 
