@@ -3,7 +3,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -89,11 +89,12 @@ def without_last_layers(text: ClipText, count: int) -> ClipText:
         ValueError: no layer would be left, or it is an encoder of XL, which reads the last layer but one by
             itself.
     """
-    model  = copy.deepcopy(text.model, {id(p): p for p in text.model.parameters()})
-    layers = getattr(model, "text_model", model).encoder.layers
     if text.penultimate:
         raise ValueError("XL already reads the last layer but one of its text encoders, as it was trained "
                          "to; only encoders of Stable Diffusion 1.x and 2.x can do without more of them.")
+    model = copy.deepcopy(text.model, {id(p): p for p in text.model.parameters()})
+    inner: Any = getattr(model, "text_model", model)                            # a level that newer ones lack
+    layers = inner.encoder.layers
     if not 0 <= count < len(layers):
         raise ValueError(f"The text encoder has {len(layers)} layers: from 0 to {len(layers) - 1} of them "
                          f"can be left out, not {count}.")
