@@ -3,6 +3,7 @@
     python scripts/benchmark.py --quick          on a CPU, minutes: one step, one decode, memory, a cold start
     python scripts/benchmark.py                  half an hour: more rounds; changes, loading, scaling too
     python scripts/benchmark.py --part loading   one part or several, into the JSON that is there
+    python scripts/benchmark.py --part original --original stable-diffusion      beside the code of CompVis
     python scripts/benchmark.py --device cuda    on a GPU: whole pictures of SD 1.5 and SDXL, batches, memory
     python scripts/benchmark.py --tables         tables and plots of docs/speed.md again, from the JSON files
 
@@ -16,6 +17,7 @@ Results are written to docs/benchmarks/NAME.json. Needs the extra `test`; for a 
 """
 import argparse
 import gc
+import importlib
 import itertools
 import json
 import math
@@ -34,8 +36,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
+import original
 import torch
 import torch.nn.functional as F
 from oracles import SD, SD_VAE, SDXL_VAE, UNETS
@@ -51,6 +54,7 @@ from ldm.models import VAE, UNet, UNetConfig, VAEConfig
 from ldm.models.layers import GEGLU, ResBlock
 from ldm.noise_schedule import NoiseSchedule
 from ldm.pipeline import Defaults
+from ldm.weights import rename_ldm_unet
 
 START   = time.perf_counter()
 RESULTS = ROOT / "docs" / "benchmarks"
@@ -214,10 +218,11 @@ def turns(clock: Clock, calls: dict[str, Callable[[], Any]], rounds: int,
 
 
 def row(what: str, seconds: dict[str, list[float]], *, flops: float = 0, peak_flops: float = 0,
-        steps: int = 1, pictures: int = 1, memory: dict[str, int] | None = None) -> dict[str, Any]:
+        steps: int = 1, pictures: int = 1, memory: dict[str, int] | None = None,
+        rival: str = "diffusers") -> dict[str, Any]:
     """What was measured, and what follows for each contestant. Prints it."""
-    result: dict[str, Any] = {"what": what, "flops": flops, "contestants": {}}
-    rivals = seconds.get("diffusers")
+    result: dict[str, Any] = {"what": what, "flops": flops, "rival": rival, "contestants": {}}
+    rivals = seconds.get(rival)
     for name, each in seconds.items():
         median = statistics.median(each)
         one: dict[str, Any] = {"seconds": median, "fastest": min(each), "slowest": max(each),
@@ -249,6 +254,38 @@ def one_step(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: 
     kind = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     return row(f"SD 1.5, 512², one guided step{kind}",
                turns(clock, calls(512), rounds, calls(256 if quick else 512)), flops=flops, peak_flops=peak)
+
+
+def original_step(clock: Clock, rounds: int, peak: float, flops: float, folder: Path) -> dict[str, Any]:
+    """Beside the first code of Stable Diffusion, whose U-Net gets the same weights, and gives the same."""
+    theirs = filled(lambda: original_class(folder)(**original.FAMILIES["SD 1.5"].unet), clock.device,
+                    torch.float32)
+    with torch.device("meta"):
+        ours = UNet(UNetConfig.from_hf(UNETS["SD 1.5"]))
+    ours.load_state_dict(rename_ldm_unet(theirs.state_dict(), ours.state_dict()), assign=True)
+    quick = fast.prompt_once(fast.packed(fast.in_place(ours.eval())))
+    x, t, context = unet_inputs("SD 1.5", 1, clock.device, torch.float32)[:3]
+    calls = {"CompVis": lambda: theirs(x, timesteps=t.expand(len(x)), context=context),
+             "ldm": lambda: ours(x, t, context), "ldm.fast": lambda: quick(x, t, context)}
+    with torch.inference_mode():
+        torch.testing.assert_close(calls["ldm"](), calls["CompVis"](), rtol=1e-3, atol=1e-3)
+    return row("SD 1.5, 512², one guided step, the original's weights", turns(clock, calls, rounds),
+               flops=flops, peak_flops=peak, rival="CompVis")
+
+
+def original_class(folder: Path) -> Any:
+    """The class of the U-Net in a folder with https://github.com/CompVis/stable-diffusion (needs einops).
+
+    Its package has the name of ours, which is put back afterwards.
+    """
+    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "ldm"}
+    sys.meta_path.append(original.Stubs())
+    original.take_from(folder)
+    try:
+        return importlib.import_module("ldm.modules.diffusionmodules.openaimodel").UNetModel
+    finally:
+        original.take_from(ROOT)
+        sys.modules.update(ours)
 
 
 def cpu_steps(clock: Clock, rounds: int, peak: float, flops: float, quick: bool) -> list[dict[str, Any]]:
@@ -636,6 +673,7 @@ def tables(name: str, result: dict[str, Any]) -> str:
             floor  = one["flops"] / one.get("peak_flops", result["rates"]["flops"])
             share  = f"{100 * floor / found['seconds']:.0f} %" if floor else ""
             ratio  = f"× {found['ratio']:.2f}" if "ratio" in found else ""
+            ratio += f" ({one['rival']})" if ratio and one.get("rival", "diffusers") != "diffusers" else ""
             ratio += f", × {found['ratio_to_float32']:.2f} its float32" if "ratio_to_float32" in found else ""
             memory = f"{found['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in found else ""
             memory += f", × {found['of_weights']:.2f} the weights" if "of_weights" in found else ""
@@ -763,7 +801,9 @@ def parts(args: argparse.Namespace, clock: Clock, result: dict[str, Any]) -> dic
     return {"step":    lambda: ("rows", cpu_steps(clock, rounds["step"], peak, step, quick)),
             **common,
             "changes": lambda: ("changes", changes(clock, 9)),
-            "loading": lambda: ("rows", loading(args.folder, 3))}
+            "loading": lambda: ("rows", loading(args.folder, 3)),
+            **({"original": lambda: ("rows", [original_step(clock, 6, peak, step, args.original)])}
+               if args.original else {})}
 
 
 def main() -> int:
@@ -773,6 +813,8 @@ def main() -> int:
     parser.add_argument("--part", nargs="+", metavar="NAME", help=(
         "step, decode, memory, scaling, cold, changes, loading; on a GPU pictures-1, pictures-4, pictures-16 "
         "and pictures-xl instead of step, changes and loading"))
+    parser.add_argument("--original", type=Path, metavar="FOLDER", help=(
+        "with the code of CompVis/stable-diffusion: measures the part `original` too"))
     parser.add_argument("--peak", nargs=3, metavar=("CONTESTANT", "FAMILY", "BATCH"), help=(
         "print the bytes that one contestant takes from the GPU"))
     parser.add_argument("--tables", action="store_true")

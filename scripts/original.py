@@ -168,16 +168,19 @@ def whole(family: Family, folder: Path, device: str) -> nn.Module:
 
     device: of its networks; "meta" takes no memory.
     """
-    _take_from(folder)
+    take_from(folder)
     with redirect_stdout(StringIO()):                                               # it reports what it does
         return (_sgm if family.code == "sgm" else _ldm)(family, device).eval()
 
 
-def _take_from(folder: Path) -> None:
+def take_from(folder: Path) -> None:
     """Has `ldm` and `sgm` mean the packages in a folder: two of the codes, and ours, have one name."""
     for name in [name for name in sys.modules if name.split(".")[0] in ("ldm", "sgm")]:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
+    if not (folder / "ldm" / "__init__.py").exists():       # as in theirs; ours would be found instead of it
+        sys.modules["ldm"] = package = ModuleType("ldm")
+        package.__path__ = [str(folder / "ldm")]
 
 
 def _ldm(family: Family, device: str) -> nn.Module:
@@ -328,7 +331,7 @@ def full_size(family: Family, folder: Path) -> tuple[float, float]:
     del unet                                                                    # not both in memory
     gc.collect()
 
-    _take_from(ROOT)
+    take_from(ROOT)
     from ldm import weights
     from ldm.weights import detect
     state = {name: weight(name, shape) for name, shape in names.items()}

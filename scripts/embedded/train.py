@@ -153,8 +153,8 @@ license: apache-2.0
 
 A latent diffusion model of one or two coloured shapes on a background, {size}x{size} pixels. It was
 trained from scratch by `scripts/embedded/train.py` on pictures and captions that `scripts/embedded/world.py`
-draws and writes: eight shapes, ten colours, three sizes, four textures, nine places, and the relations above,
-below, left and right. It knows nothing else.
+draws and writes: eight shapes (and seven that nothing measures), ten colours, three sizes, four textures,
+nine places, and the relations above, below, left and right. It knows nothing else.
 
 ## Parts
 - autoencoder: `{vae}`
