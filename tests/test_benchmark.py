@@ -68,11 +68,14 @@ def test_the_tables_of_the_page_are_those_of_the_json():
     assert benchmark.page(text) == text, "run: python scripts/benchmark.py --tables"
 
 
-def test_what_is_quick_can_be_measured():
+def test_what_is_quick_can_be_measured_and_the_original_where_it_is():
     result = {"rates": {"flops": 1e12}, "dtype": "float32", "counted": {
         name: {"flops": 1.0} for name in ("SD 1.5, one call with guidance", "decode, 512 × 512")}}
-    known  = benchmark.parts(Namespace(device="cpu", quick=True), Clock("cpu"), result)
-    assert {*benchmark.QUICK} < {*known}
+    here = {"device": "cpu", "quick": True}
+    known, more = ({*benchmark.parts(Namespace(**here, original=folder), Clock("cpu"), result)}
+                   for folder in (None, Path()))
+    assert {*benchmark.QUICK} < known
+    assert more - known == {"original"}
 
 
 @torch.no_grad()
