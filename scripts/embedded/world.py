@@ -342,18 +342,18 @@ def _alone(thing: Thing, phrase: str, rng: Random) -> str:
 def _together(first: Thing, second: Thing, a: str, b: str, rng: Random) -> str:
     step = tuple((p > q) - (p < q) for p, q in zip(first.place, second.place, strict=True))
     style = rng.random()
-    if style < .1:                                                                             # no order said
+    if style < .2:                                                                             # no order said
         return f"{a}{rng.choice((' and', ' next to', ',', ' with', ' together with'))} {b}"
-    if step not in RELATIONS or style < .25:                                                          # places
+    if step not in RELATIONS or style < .33:                                                          # places
         here, there = rng.choice(PLACES[first.place]), rng.choice(PLACES[second.place])
         if rng.random() < .2:
             return f"{here} {a} and {there} {b}"
         return f"{a} {here}{rng.choice((' and', ',', ', and', ' with'))} {b} {there}"
-    if style < .4:
+    if style < .46:
         after = rng.choice(AFTERWARDS[step])
         return rng.choice((f"{a} and {b} {after}", f"{a} with {b} {after}", f"{a}, {after} {b}",
                            f"{a} and {after} {b}"))
-    if style < .5:
+    if style < .55:
         verb = rng.choice(("is", "placed", "sitting", "that is", "which is", "positioned"))
         return f"{a} {verb} {rng.choice(RELATIONS[step])} {b}"
     return f"{a} {rng.choice(RELATIONS[step])} {b}"
