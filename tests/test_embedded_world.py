@@ -94,7 +94,7 @@ def test_every_shape_keeps_to_its_radius(shape):
 
 def test_unknown_shapes_are_refused():
     with pytest.raises(ValueError, match="circle, square"):
-        world.outline("pentagon")
+        world.outline("octagon")
 
 
 def test_captions_say_the_relation_the_right_way_round():
