@@ -154,15 +154,16 @@ def test_lightning_is_known_by_the_names_of_its_files(made, tmp_path):
     assert ldm.load(tmp_path / name, device="cpu", prediction="epsilon").prediction == "epsilon"
 
 
-def test_lcm_is_known_by_its_guidance_embedding(made, tmp_path):
-    _, state, _ = made("SD 1.5")
+@pytest.mark.parametrize("family", ["SD 1.5", "SD 2.1 base", "SDXL base"])
+def test_lcm_is_known_by_its_guidance_embedding(made, tmp_path, family):
+    _, state, _ = made(family)
     weight = torch.randn(32, 256)
     file   = write_file(tmp_path / "a.safetensors",
                         {**state, "model.diffusion_model.time_embed.cond_proj.weight": weight})
     pipe = ldm.load(file, device="cpu")
     assert pipe.unet.config.guidance_dim == 256
     assert torch.equal(pipe.unet.time_embedding.cond_proj.weight, weight)
-    assert pipe.defaults.scheduler == "lcm"
+    assert (pipe.defaults.scheduler, pipe.defaults.steps) == ("lcm", 4)
 
 
 # -- ε or v --------------------------------------------------------------------------------------------------
