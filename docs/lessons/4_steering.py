@@ -11,7 +11,8 @@ from ldm import guidance, images, schedulers
 
 pipe     = ldm.load(device="cpu")
 denoiser = ldm.Denoiser(pipe.unet, pipe.schedule, pipe.prediction)
-denoise  = guidance.classifier_free(denoiser, pipe.text(["a yellow star"]), pipe.text([""]), scale=3.0)
+text     = pipe.text(["a yellow star on a gray background"])
+denoise  = guidance.classifier_free(denoiser, text, pipe.text([""]), scale=3.0)
 sigmas   = pipe.schedule.sigmas(12, "trailing")
 side     = pipe.defaults.height // 8
 start    = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)) * (1 + sigmas[0]**2)**0.5
