@@ -269,7 +269,7 @@ def original_step(clock: Clock, rounds: int, peak: float, flops: float, folder: 
              "ldm": lambda: ours(x, t, context), "ldm.fast": lambda: quick(x, t, context)}
     with torch.inference_mode():
         torch.testing.assert_close(calls["ldm"](), calls["CompVis"](), rtol=1e-3, atol=1e-3)
-    return row("SD 1.5, 512², one guided step, the original's weights", turns(clock, calls, rounds),
+    return row("SD 1.5, 512², one guided step beside CompVis", turns(clock, calls, rounds),
                flops=flops, peak_flops=peak, rival="CompVis")
 
 

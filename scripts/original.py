@@ -178,7 +178,7 @@ def take_from(folder: Path) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] in ("ldm", "sgm")]:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
-    if not (folder / "ldm" / "__init__.py").exists():       # as in theirs; ours would be found instead of it
+    if (folder / "ldm").is_dir() and not (folder / "ldm/__init__.py").exists():         # ours would be found
         sys.modules["ldm"] = package = ModuleType("ldm")
         package.__path__ = [str(folder / "ldm")]
 

@@ -94,6 +94,17 @@ def test_a_background_that_the_prompt_does_not_name_is_white(pipe):
     assert [checker.read(image).background for image in images] == ["white"] * 4
 
 
+def test_what_a_kind_of_prompts_leaves_unsaid_is_not_said():
+    import evaluate
+    prompts = {kind: [evaluate.prompt_for(scene, kind) for scene in evaluate.scenes_of(kind, 20, seed=1)]
+               for kind in evaluate.KINDS}
+    for kind, texts in prompts.items():
+        assert all((" background" in text) == ("background unsaid" not in kind) for text in texts)
+        assert all((" and " in text) == ("order unsaid" in kind) for text in texts)
+    white = evaluate.scenes_of("one thing, background unsaid", 20, seed=1)
+    assert {scene.background for scene in white} == {"white"}
+
+
 def test_diffusers_loads_the_folder_and_draws_the_same(pipe):
     import diffusers
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, safety_checker=None,

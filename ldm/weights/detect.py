@@ -62,7 +62,7 @@ KINDS = (
 
 # The names of the published files and repositories.
 TURBO      = r"sd[-_]?(xl)?[-_]turbo"
-LIGHTNING  = r"sdxl[-_]lightning[-_](?P<steps>\d)[-_]?step(?P<x0>s?[-_]x0)?"
+LIGHTNING  = r"sdxl[-_]lightning[-_](?P<steps>\d)step(?P<x0>_x0)?"
 TIME_WIDTH = 256        # Fourier features of each number of XL's sizes
 
 

@@ -181,11 +181,12 @@ def outline(shape: str) -> list[tuple[list[tuple[float, float]], int]]:
     """The shape of radius 1 around (0, 0) as polygons, to be filled one after the other with 255 (ink) or 0
     (hole)."""
     turn = [2 * math.pi * i / 72 for i in range(72)]
+    def ellipse(width: float, height: float, x: float = 0, y: float = 0) -> list[tuple[float, float]]:
+        return [(x + width * math.cos(a), y + height * math.sin(a)) for a in turn]
     if shape == "circle":
-        return [([(.95 * math.cos(a), .95 * math.sin(a)) for a in turn], 255)]
+        return [(ellipse(.95, .95), 255)]
     if shape == "ring":
-        return [([(r * math.cos(a), r * math.sin(a)) for a in turn], ink)
-                for r, ink in ((.98, 255), (.54, 0))]
+        return [(ellipse(.98, .98), 255), (ellipse(.54, .54), 0)]
     if shape == "square":
         return [([(-.84, -.84), (.84, -.84), (.84, .84), (-.84, .84)], 255)]
     if shape == "diamond":
@@ -208,13 +209,12 @@ def outline(shape: str) -> list[tuple[list[tuple[float, float]], int]]:
         turns = [2 * math.pi * (i / corners - .25) for i in range(corners)]
         return [([(math.cos(a), math.sin(a)) for a in turns], 255)]
     if shape == "oval":
-        return [([(.98 * math.cos(a), .6 * math.sin(a)) for a in turn], 255)]
+        return [(ellipse(.98, .6), 255)]
     if shape == "arrow":
         return [([(-.95, -.28), (.1, -.28), (.1, -.75), (.98, 0), (.1, .75), (.1, .28), (-.95, .28)], 255)]
     if shape == "cloud":
-        discs = ((-.55, .2, .43), (-.05, -.1, .55), (.52, .15, .46))
-        return [([(-.55, .2), (.52, .2), (.52, .61), (-.55, .63)], 255)] + [
-                ([(x + r * math.cos(a), y + r * math.sin(a)) for a in turn], 255) for x, y, r in discs]
+        return [([(-.55, .2), (.52, .2), (.52, .61), (-.55, .63)], 255), (ellipse(.43, .43, -.55, .2), 255),
+                (ellipse(.55, .55, -.05, -.1), 255), (ellipse(.46, .46, .52, .15), 255)]
     if shape == "leaf":                                           # two arcs from corner to corner
         arc = [(i / 18 - 1, .42 * (1 - (i / 18 - 1) ** 2)) for i in range(37)]
         lens = arc + [(u, -v) for u, v in reversed(arc)]
