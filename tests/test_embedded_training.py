@@ -174,7 +174,7 @@ def test_single_things_are_drawn_more_often_and_small_ones_once_their_size_is_vi
         things = (Thing("blue", shape, size, "plain", (2, 1), .74, .5, .12),
                   Thing("red", "circle", "large", "plain", (0, 1), .26, .5, .2))
         return Scene(things[:count], "white")
-    scenes = [scene("large", "star"), scene("small", "square"), scene("small", "star"),
+    scenes = [scene("large", "star"), scene("small", "square"), scene("small", "cross"),
               scene("large", "star", 1), scene("small", "square", 1)]
     visible, hidden = ([train_unet.emphasis(scene, visible) for scene in scenes] for visible in (True, False))
     assert visible == [1, 2, 5, 2, 4]

@@ -112,6 +112,21 @@ def test_captions_say_the_relation_the_right_way_round():
     assert seen > 300
 
 
+def test_captions_without_an_order_name_things_as_one_reads():
+    rng, said = Random(0), {"beside": [], "elsewhere": []}
+    for _ in range(3000):
+        one, two = sorted(random_scene(rng, count=2).things, key=lambda t: (t.place[1], t.place[0]))
+        things = rng.sample([(one, "ONE"), (two, "TWO")], 2)
+        text = world._together(*(t for t, _ in things), *(name for _, name in things), rng)
+        unsaid = text in [f"{a}{word} {b}" for word in (" and", " next to", ",", " with", " together with")
+                          for a, b in (("ONE", "TWO"), ("TWO", "ONE"))]
+        assert text.startswith("ONE") or not unsaid, text
+        said["beside" if one.place[1] == two.place[1] else "elsewhere"].append(unsaid)
+    beside, elsewhere = (sum(said[where]) / len(said[where]) for where in ("beside", "elsewhere"))
+    assert beside == pytest.approx(.35, abs=.05)
+    assert elsewhere == pytest.approx(.1, abs=.03)
+
+
 def test_captions_vary_and_leave_things_out():
     scene = Scene((thing(size="small", radius=.11),), "green")
     texts = [caption(forget(scene, Random(i)), Random(-i)).lower() for i in range(500)]

@@ -287,7 +287,9 @@ def caption(scene: Scene, rng: Random) -> str:
     """The scene in words; leaves sizes, textures, places and the background out at random.
 
     What is left unsaid has a most likely meaning, right in four of five cases: a white background, the middle
-    of the picture, a medium thing.
+    of the picture, a medium thing. Two things without an order are named as one reads, from left to right and
+    from top to bottom. (Named in any order, either thing is as likely in either place, and a model may
+    decide for the same one in both.)
     """
     phrases = [_phrase(thing, rng) for thing in scene.things]
     order = rng.sample(range(len(phrases)), len(phrases))
@@ -341,19 +343,21 @@ def _alone(thing: Thing, phrase: str, rng: Random) -> str:
 
 def _together(first: Thing, second: Thing, a: str, b: str, rng: Random) -> str:
     step = tuple((p > q) - (p < q) for p, q in zip(first.place, second.place, strict=True))
-    style = rng.random()
-    if style < .2:                                                                             # no order said
+    if rng.random() < (.35 if step[1] == 0 else .1):                      # no order said: mostly side by side
+        if first.place[::-1] > second.place[::-1]:
+            a, b = b, a
         return f"{a}{rng.choice((' and', ' next to', ',', ' with', ' together with'))} {b}"
-    if step not in RELATIONS or style < .33:                                                          # places
+    style = rng.random()
+    if step not in RELATIONS or style < .16:                                                          # places
         here, there = rng.choice(PLACES[first.place]), rng.choice(PLACES[second.place])
         if rng.random() < .2:
             return f"{here} {a} and {there} {b}"
         return f"{a} {here}{rng.choice((' and', ',', ', and', ' with'))} {b} {there}"
-    if style < .46:
+    if style < .32:
         after = rng.choice(AFTERWARDS[step])
         return rng.choice((f"{a} and {b} {after}", f"{a} with {b} {after}", f"{a}, {after} {b}",
                            f"{a} and {after} {b}"))
-    if style < .55:
+    if style < .44:
         verb = rng.choice(("is", "placed", "sitting", "that is", "which is", "positioned"))
         return f"{a} {verb} {rng.choice(RELATIONS[step])} {b}"
     return f"{a} {rng.choice(RELATIONS[step])} {b}"
