@@ -15,7 +15,7 @@ from pygments.lexers import PythonLexer
 ROOT  = Path(__file__).resolve().parents[1]
 FILES = ("noise_schedule", "denoiser", "guidance", "schedulers/euler", "schedulers/heun",
          "schedulers/multistep", "schedulers/dpm", "models/layers", "models/unet", "models/vae", "text",
-         "sizes", "noise", "sampling", "inpainting", "training")
+         "sizes", "noise", "sampling", "run", "inpainting", "training")
 
 
 def write_pages(app) -> None:

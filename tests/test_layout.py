@@ -18,6 +18,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"sampling", "training", "fast"},
+    {"run"},
     {"pipeline"},
     {"contracts"},
     {"guidance", "inpainting", "schedulers", "text", "sizes"},

@@ -233,13 +233,13 @@ def test_advice_where_there_is_a_gpu(folder, monkeypatch):
     weights = sum(weight.nbytes for weight in half.unet.parameters()) / 1e9
     monkeypatch.setattr(ldm.Pipeline, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_500_000_000, 16_000_000_000))
-    advice = ldm.sampling._advice(tiled, 1, 64, 64, SHORT["CUDA"])
+    advice = ldm.run.advice(tiled, 1, 64, 64, SHORT["CUDA"])
     for words in ("in float16; tried to get 7.00 GiB; free are 1.5 GB of 16 GB. ", "a smaller picture",
                   f"ldm.fast.offload: one part on the device at a time, the largest {weights:.3g} GB."):
         assert words in advice
     assert "dtype=" not in advice                                               # it is half already
     assert "tiled" not in advice
-    assert "tiled" in ldm.sampling._advice(half, 1, 64, 64, SHORT["CUDA"])
+    assert "tiled" in ldm.run.advice(half, 1, 64, 64, SHORT["CUDA"])
 
 
 def test_other_errors_stay_as_they_are(pipe):
