@@ -842,6 +842,8 @@ def main() -> int:
         result = json.loads(file.read_text("utf-8")) | {"counted": counts()}
         if differs := [key for key in here if key != "date" and here[key] != result["machine"][key]]:
             parser.error(f"{file.name} is of another machine ({', '.join(differs)}): give another --name")
+        first = result["machine"]["date"][:10]
+        result["machine"]["date"] = " to ".join(sorted({first, here["date"]}))
     else:
         result = {"machine": here, "counted": counts(), "rates": {}, "spent": {"start": 0.0}}
     dtype = torch.float16 if args.device == "cuda" else torch.float32
