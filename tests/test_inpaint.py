@@ -63,7 +63,7 @@ def inpaint(pipe, image=None, mask=None, prompt="a red cat", **arguments):
 # ── Beside diffusers ────────────────────────────────────────────────────────────────────────────────────────
 
 # Started within the schedule, these of diffusers' do what belongs to the start of the whole one.
-ASTRAY = {"pndm", "pndm_prk", "lms", "dpm_3"}
+ASTRAY = {"pndm", "pndm_prk", "lms"}
 CASES  = [*(("SD 1.5, 4", name, 1.0 if name in ASTRAY else 0.6) for name in SCHEDULERS),
           ("SD 1.5, 4", "euler_a", 1.0), ("SD 1.5, 9", "pndm", 1.0), ("SD 1.5, 9", "euler_a", 0.6),
           ("SD 2.1, 4", "ddim", 0.6), ("SD 2.1, 9", "ddim", 1.0),

@@ -5,7 +5,7 @@
     half    the U-Net's inner levels, at half the size  → FOLDER/half.pt, sheet half.png
     unet    the U-Net                                   → FOLDER/unet.pt, sheet unet.png
     polish  the decoder once more, alone                → FOLDER/vae
-    export  float16 in Hugging Face layout              → --assets
+    export  float16 in Hugging Face layout              → FOLDER/model
 
 Start it again after a kill and it goes on from the last checkpoint in FOLDER. On several GPUs:
 
@@ -14,6 +14,8 @@ Start it again after a kill and it goes on from the last checkpoint in FOLDER. O
 To train a model on, the one in the package for example, instead of beginning from nothing:
 
     python scripts/embedded/train.py --out FOLDER --from ldm/assets/shapes --rate 5e-4 --noisy 0 --seed 1
+
+The model in the package was exported with --assets ldm/assets/shapes, which replaces it.
 """
 
 import argparse
@@ -45,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; all by default")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and sheets")
-    parser.add_argument("--assets", type=Path, default=Path(__file__).parents[2] / "ldm/assets/shapes")
+    parser.add_argument("--assets", type=Path, help="where to export to; default: FOLDER/model")
     parser.add_argument("--size", type=int, default=256, help="pixels of a picture's side")
     parser.add_argument("--scenes", type=int, default=24000, help="training scenes for the U-Net")
     parser.add_argument("--vae-steps", type=int, default=4000)
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.device = join(args.device)
+    args.device, args.assets = join(args.device), args.assets or args.out / "model"
     unknown = set(args.stages) - set(STAGES)
     if unknown:
         parser.error(f"no stage named {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
