@@ -194,9 +194,11 @@ def make_pictures(given: dict[str, Any]) -> None:
         return list_schedulers()
     from ldm import images
     quiet = "quiet" in given
-    asked = (restore(given["source"]) if "source" in given else {}) | given
+    remembered = restore(given["source"]) if "source" in given else {}
+    asked      = remembered | given
     if problem := flag_problem(asked):
-        raise ValueError(f"{problem} ({given['source']} remembers it so; a flag here goes before that)")
+        raise ValueError(problem if problem != flag_problem(remembered) else
+                         f"{problem} ({given['source']} remembers it so; a flag here goes before that)")
     loading  = {"device": asked.get("device"), **{key: asked[key] for key in LOAD_PARAMETERS if key in asked}}
     pipeline = ldm.load(asked.get("model"), **loading)
     inputs   = [asked[key] for key in ("image", "mask") if key in asked]

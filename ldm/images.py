@@ -31,6 +31,8 @@ def read(image: Any, background: float = 1.0) -> "list[Tensor]":
     """
     import torch
     if isinstance(image, list | tuple):
+        if not image:
+            raise ValueError("There is no picture: the list is empty.")
         return [picture for item in image for picture in read(item, background)]
     if isinstance(image, str | Path):
         image = _open(image)
@@ -143,7 +145,9 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
 def save_png(image: Image.Image, path: str | Path, parameters: Mapping[str, Any]) -> None:
     """Write a PNG with `parameters` (what JSON can hold) in a text chunk; `read_parameters` returns them."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(CHUNK, json.dumps(dict(parameters), ensure_ascii=False))      # iTXt: the text is UTF-8
+    text = json.dumps(dict(parameters), ensure_ascii=False)
+    text = text.encode("utf-8", "backslashreplace").decode()    # the name of a file may be no text
+    info.add_itxt(CHUNK, text)                                  # iTXt: the text is UTF-8
     image.save(path, format="PNG", pnginfo=info)
 
 

@@ -9,6 +9,7 @@ Stable Diffusion. Between whole t, σ(t) is linear, and t(σ) is its exact inver
 
 Everything here is float64 on the host: a scheduler's coefficients are Python floats.
 """
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -146,8 +147,7 @@ class NoiseSchedule:
         Raises:
             ValueError: an unknown spacing, or a number of steps that it cannot give.
         """
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; it must be at least 1.")
+        steps = _whole(steps)
         if steps > len(self) and (whole or spacing != "linspace"):
             raise ValueError(f"steps is {steps}, but the model knows {len(self)} times: "
                              f"use at most that many, or a spacing in σ, such as 'karras'.")
@@ -188,14 +188,23 @@ class NoiseSchedule:
         if last not in ("zero", "sigma_min"):
             raise ValueError(f"last is {last!r}; there are 'zero' and 'sigma_min'.")
         if spacing in RAMPS:
-            if steps < 1:
-                raise ValueError(f"steps is {steps}; it must be at least 1.")
+            steps = _whole(steps)
             # A ramp that ends at σ_min is already there: one point more, not a last step of length zero.
             count  = steps + (last == "sigma_min")
             sigmas = [float(s) for s in RAMPS[spacing](count, self.sigma_min, self.sigma_max)]
             return sigmas + [0.0] * (last == "zero")
         t = self.timesteps(steps, spacing, offset=offset, whole=whole, drop_last=drop_last, grid=grid)
         return [self.sigma(x) for x in t] + [0.0 if last == "zero" else self.sigma_min]
+
+
+def _whole(steps: int) -> int:
+    """A number of steps, of any type of whole numbers. ValueError: it is none, or less than 1."""
+    try:
+        if operator.index(steps) >= 1:
+            return operator.index(steps)
+    except TypeError:
+        pass
+    raise ValueError(f"steps is {steps!r}; it must be a whole number, at least 1.")
 
 
 def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:

@@ -71,9 +71,10 @@ class Run:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Without gradients, and with advice where the memory does not suffice."""
+        """Without gradients, and with advice where the memory does not suffice. (What comes out of inference
+        mode could not be learned from, nor be changed in place.)"""
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 yield
         except RuntimeError as error:
             if not guidance.out_of_memory(error):
@@ -205,6 +206,8 @@ def _batch(prompt: str | Sequence[str], negative: str | Sequence[str], seed: int
     for name, texts in (("prompt", prompt), ("negative_prompt", negative)):
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"{name} is a text, or a list of texts; got {texts!r}.")
+        if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):      # half of a letter
+            raise ValueError(f"{name} is not Unicode: {texts!r}. Was it typed or read in another encoding?")
     prompts   = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if not prompts:
@@ -231,8 +234,10 @@ def _size(pipe: Pipeline, height: int | None, width: int | None) -> tuple[int, i
     """(height, width) of the pictures in pixels."""
     unit = pipe.vae.config.downscale
     for name, size in (("height", height), ("width", width)):
+        if not isinstance(size, int | np.integer | None):
+            raise ValueError(f"{name} is {size!r}; it is a whole number of pixels.")
         if size is not None and (size < unit or size % unit):
-            below, above = size // unit * unit, (size // unit + 1) * unit
+            below, above = size // unit * unit, max(size // unit + 1, 1) * unit
             raise ValueError(f"{name} is {size}, but must be a multiple of {unit}: take "
                              f"{f'{below} or ' if below > 0 else ''}{above}.")
     return height or pipe.defaults.height, width or pipe.defaults.width
@@ -288,11 +293,14 @@ def _sigmas(pipe: Pipeline, row: schedulers.Row, steps: int | None, spacing: str
             sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> list[float]:
     """The σ's to walk: the caller's own, or by the row of the table and the model's file."""
     if (sum(choice is not None for choice in (sigmas, timesteps, steps)) > 1
-            or spacing and (sigmas or timesteps)):
+            or spacing and (sigmas is not None or timesteps is not None)):
         raise ValueError("Give either steps (and spacing), or sigmas, or timesteps.")
     if sigmas is not None:
         return check_sigmas(sigmas)
     if timesteps is not None:
-        return check_sigmas([*map(pipe.schedule.sigma, timesteps), 0.0])
+        times = [float(t) for t in timesteps]
+        if not times or any(a <= b for a, b in itertools.pairwise(times)):
+            raise ValueError(f"timesteps must be falling numbers, at least one; got {times}.")
+        return check_sigmas([*map(pipe.schedule.sigma, times), 0.0])
     return row.sigmas(pipe.schedule, pipe.defaults.steps if steps is None else steps,
                       spacing=spacing, config=pipe.scheduler_config)

@@ -63,6 +63,7 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
 
     Raises:
         ValueError, TypeError: an argument that makes no sense; and what `load` raises.
+        FloatingPointError: the network's numbers are not finite, by float16 or a broken file.
         torch.OutOfMemoryError: with what to change.
     """
     run = prepare(_options(**locals()))
@@ -92,7 +93,7 @@ def img2img(prompt: str | Sequence[str], image: Any, model: Pipeline | str | Pat
         options: all others of `sample`. `steps` is N, of which `strength` takes a part.
 
     Raises:
-        ValueError, TypeError, torch.OutOfMemoryError: as `sample`. Also a ValueError: a picture that cannot
+        All that `sample` raises. Also a ValueError: a picture that cannot
             be used, or a strength too small for a single step.
     """
     run      = prepare(_options(prompt, model, height=height, width=width, **options))
@@ -138,7 +139,7 @@ def inpaint(prompt: str | Sequence[str], image: Any, mask: Any, model: Pipeline 
         options: all others of `sample`.
 
     Raises:
-        ValueError, TypeError, torch.OutOfMemoryError: as `img2img`. Also a ValueError: a mask that does not
+        All that `img2img` raises. Also a ValueError: a mask that does not
             fit the picture, or that has nothing to paint.
     """
     for name, pixels in (("padding", padding or 0), ("feather", feather)):

@@ -1,4 +1,6 @@
 """Pictures: what is read of every kind, sizes, conversions, grids, parameters that survive in the PNG."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,7 @@ def test_what_is_read_does_not_share_its_memory():
 @pytest.mark.parametrize(("picture", "error", "words"), [
     (3,                                     TypeError,  "got int"),
     (None,                                  TypeError,  "got NoneType"),
+    ([],                                    ValueError, "no picture: the list is empty"),
     (np.zeros((3, 8, 9)),                   ValueError, r"\(H, W, C\).* got \(3, 8, 9\)"),
     (np.zeros(8),                           ValueError, r"got \(8,\)"),
     (np.zeros((0, 8, 3)),                   ValueError, r"got \(0, 8, 3\)"),
@@ -251,6 +254,12 @@ def test_parameters_survive_in_the_file(tmp_path):
     images.save_png(image, path, PARAMETERS)
     assert images.read_parameters(path) == PARAMETERS
     assert Image.open(path).tobytes() == image.tobytes()
+
+
+def test_parameters_may_name_a_file_whose_name_is_no_text(tmp_path):
+    found = {"image": os.fsdecode(b"caf\xe9.png"), "prompt": "ein Stern über 東京"}
+    images.save_png(Image.new("RGB", (4, 4)), tmp_path / "picture.png", found)
+    assert images.read_parameters(tmp_path / "picture.png") == found
 
 
 def write_chunk(path, text):

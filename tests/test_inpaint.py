@@ -364,6 +364,8 @@ def test_a_picture_of_a_batch_is_the_same_alone(pipes, model, name):
     ({"mask": np.full((64, 72), np.nan)},  ValueError, "mask cannot be used.*nan"),
     ({"mask": np.ones((1, 1, 1, 64, 72))}, ValueError, "mask cannot be used.*shape"),
     ({"mask": 3},                          TypeError,  "mask cannot be used.*int"),
+    ({"mask": []},                         ValueError, "mask cannot be used.*list is empty"),
+    ({"image": []},                        ValueError, "no picture: the list is empty"),
     ({"mask": [box_mask()] * 3},           ValueError, "3 pictures or masks for 1"),
     ({"image": [painting(), painting(8)]}, ValueError, "one size.*72, 64.*72, 8"),
     ({"strength": 1.5},                    ValueError, "strength is 1.5"),

@@ -254,10 +254,20 @@ def test_unet_config_checks_its_numbers(change, message):
 def test_null_is_default_and_unknown_fields_are_ignored(family):
     config = oracles.UNETS[family]
     fields = ("upcast_attention", "use_linear_projection", "act_fn", "norm_eps", "conv_in_kernel",
-              "mid_block_type", "only_cross_attention")
+              "only_cross_attention")
     nulls  = {field: None for field in fields if config.get(field) is None}
     extra  = {"decay": 0.9999, "use_ema_warmup": False, "_name_or_path": "elsewhere"}
     assert UNetConfig.from_hf({**config, **nulls, **extra}) == UNetConfig.from_hf(config)
+
+
+def test_a_unet_without_a_middle_is_refused_by_its_config():
+    config = {"block_out_channels": (32, 64), "norm_num_groups": 8, "mid_block_type": None,
+              "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+              "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    with torch.device("meta"):
+        assert diffusers.UNet2DConditionModel(**config).mid_block is None          # what null means there
+    with pytest.raises(ValueError, match="no middle block"):
+        UNetConfig.from_hf(config)
 
 
 def test_the_defaults_of_a_bare_unet_config_are_diffusers():

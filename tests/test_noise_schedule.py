@@ -291,7 +291,8 @@ def test_a_file_without_betas_is_refused(name):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"steps": 0}, "steps is 0; it must be at least 1"), ({"steps": -3, "spacing": "karras"}, "at least 1"),
+    ({"steps": 0}, "steps is 0; it must be a whole"), ({"steps": -3, "spacing": "karras"}, "at least 1"),
+    ({"steps": 2.5}, "steps is 2.5; it must be a whole"), ({"steps": "5", "spacing": "beta"}, "'5'; it"),
     ({"steps": 1001}, "knows 1000 times: use at most that many"),
     ({"steps": 1001, "spacing": "linspace"}, "at most that many"),
     ({"steps": 5, "spacing": "sideways"}, "spacing is 'sideways'; there are 'leading', 'linspace', 'tr"),

@@ -211,6 +211,20 @@ def test_nonsense_is_refused_with_a_sentence(tmp_path, program, zipped):
         read_pickle(write(tmp_path / "a.ckpt", program, zipped))
 
 
+DEEP = b")" + b"2\x86" * 40                     # a tuple of 2⁴⁰ parts: each level has the one below twice
+
+
+@FORMATS
+@pytest.mark.parametrize("program", [
+    b"}" + DEEP + b"I1\ns.", b"(" + DEEP + b"I1\nd.", b"\x8f(" + DEEP + b"\x90.", b"(" + DEEP + b"\x91.",
+    b"S'os'\n" + DEEP + b"\x93.", DEEP + b")R.", DEEP + b"Q.",
+    tensor_program("(I8\nt", "(I1\nt").replace(b"S'0'\n", DEEP),
+])
+def test_what_would_take_years_to_look_up_is_refused(tmp_path, program, zipped):
+    with pytest.raises(ValueError, match=r"more than a thousand parts"):
+        read_pickle(write(tmp_path / "a.ckpt", program, zipped))
+
+
 def test_a_persistent_id_that_is_no_storage(tmp_path):
     """Old files keep the source code of modules like this. It is text to us."""
     for program in (b"Panything\n.", b"(S'module'\nctorch.nn\nLinear\nS'a.py'\nS'print()'\ntQ."):

@@ -89,6 +89,17 @@ def test_callback_sees_the_state_and_the_estimate_of_each_step(pipe):
     torch.testing.assert_close(seen[0][1], seen[0][2] + sigmas[1] / sigmas[0] * (start - seen[0][2]))
 
 
+def test_latents_can_be_changed_and_learned_from(pipe):
+    seen: list[torch.Tensor] = []
+    latent = pixels("a cat", pipe, output_type="latent", callback=lambda step, x, x0: seen.append(x))
+    weight = torch.ones((), requires_grad=True)
+    (weight * latent).sum().backward()
+    torch.testing.assert_close(weight.grad, latent.sum())
+    assert not latent.requires_grad
+    before = [x.clone() for x in (latent, seen[0])]
+    torch.testing.assert_close([x.add_(1) for x in (latent, seen[0])], [x + 1 for x in before])
+
+
 def test_a_callback_can_stop_the_run(pipe):
     def stop(step, x, x0):
         if step == 2:
@@ -165,6 +176,8 @@ def test_any_multiple_of_eight_is_a_size(pipe):
 @pytest.mark.parametrize(("arguments", "error", "words"), [
     ({"height": 100},                            ValueError, "multiple of 8: take 96 or 104"),
     ({"width": 4},                               ValueError, "multiple of 8: take 8"),
+    ({"height": -100},                           ValueError, r"multiple of 8: take 8\."),
+    ({"height": 64.0},                           ValueError, r"64\.0; it is a whole number of pixels"),
     ({"seed": -1},                               ValueError, "seed is -1"),
     ({"seed": [1, 2]},                           ValueError, "one for each of the 1 pictures"),
     ({"seed": None},                             ValueError, "seed is None; give one integer"),
@@ -172,6 +185,7 @@ def test_any_multiple_of_eight_is_a_size(pipe):
     ({"prompt": 3},                              TypeError,  "prompt is a text, or a list of texts; got 3"),
     ({"negative_prompt": None},                  TypeError,  "negative_prompt is a text"),
     ({"prompt": []},                             ValueError, "empty list"),
+    ({"prompt": "caf\udce9"},                    ValueError, r"prompt is not Unicode: 'caf\\udce9'"),
     ({"negative_prompt": ["a", "b"]},            ValueError, "2 negative prompts for 1 prompts"),
     ({"num_images": 0},                          ValueError, "num_images is 0"),
     ({"num_images": 2.0},                        ValueError, "num_images is 2.0; it is a whole number"),
@@ -181,7 +195,9 @@ def test_any_multiple_of_eight_is_a_size(pipe):
     ({"spacing": "nope"},                        ValueError, "spacing is 'nope'; there are 'leading'"),
     ({"sigmas": [1, 0]},                         ValueError, "Give either steps"),
     ({"sigmas": [1, 2], "steps": None, "spacing": None}, ValueError, "falling"),
-    ({"timesteps": [1, 2], "steps": None, "spacing": None}, ValueError, "falling"),
+    ({"timesteps": [1, 2], "steps": None, "spacing": None}, ValueError, "timesteps must be falling"),
+    ({"timesteps": [], "steps": None, "spacing": None}, ValueError, "timesteps must be falling"),
+    ({"timesteps": np.array([9, 1]), "steps": None}, ValueError, "Give either steps"),
     ({"output_type": "jpeg"},                    ValueError, "output_type is 'jpeg'"),
     ({"handover": 0},                            ValueError, "handover is 0; it is the first model's part"),
     ({"handover": 80},                           ValueError, "handover is 80"),

@@ -96,8 +96,9 @@ class Graphed(nn.Module):
         leaves, tree = tree_flatten((args, named))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         refuse_gradients(self, "graphed", *tensors)
-        with torch.inference_mode():
-            return self._replayed(leaves, tree, tensors)
+        with torch.inference_mode():                    # as a recording may be made and used in it or not
+            output = self._replayed(leaves, tree, tensors)
+        return output.clone()
 
     def _replayed(self, leaves: list[Any], tree: Any, tensors: list[Tensor]) -> Tensor:
         key     = tree, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
@@ -106,7 +107,7 @@ class Graphed(nn.Module):
         graph, inputs, output = self.records[key]
         torch._foreach_copy_(inputs, tensors)
         graph.replay()
-        return output.clone()
+        return output
 
     def _record(self, leaves: list[Any], tree: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]

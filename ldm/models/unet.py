@@ -74,15 +74,19 @@ class UNetConfig:
     def from_hf(cls, config: dict[str, Any]) -> "UNetConfig":
         """Reads a `unet/config.json` of diffusers (`UNet2DConditionModel`).
 
-        Missing and null fields have diffusers' defaults, unknown ones are ignored. Two of them are not what
-        they seem: `attention_head_dim` is the *number* of heads, and `transformer_layers_per_block` also has
-        entries for the levels without any attention.
+        Missing and null fields have diffusers' defaults, but for `mid_block_type`, whose null means none;
+        unknown ones are ignored. Two of them are not what they seem: `attention_head_dim` is the
+        *number* of heads, and `transformer_layers_per_block` also has entries for the levels without any
+        attention.
 
         Raises:
             ValueError: the file describes an architecture that is not implemented here; names the field.
         """
         get = {key: value for key, value in config.items() if value is not None}.get
         check_hf(config, _SUPPORTED, "U-Net")
+        if config.get("mid_block_type", "") is None:
+            raise ValueError("U-Net: config.json has mid_block_type = null, that is no middle block, as some "
+                             "distilled models have; that is not implemented.")
         channels = tuple(get("block_out_channels", (320, 640, 1280, 1280)))
         levels   = len(channels)
         down     = tuple(get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)))

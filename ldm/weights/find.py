@@ -2,7 +2,8 @@
 
 The cache comes first: a snapshot with all we need is used without asking the Hub. So loading is immediate and
 works offline, a model whose repository was deleted goes on working, and files do not change under a seed. A
-newer version comes with `hf download NAME`, or with `revision=`.
+newer version comes with `hf download NAME`, or with `revision=`. Only where some components lack the variant
+that is wanted, the Hub is asked whether they have it by now: there, `revision=` keeps the files as they are.
 """
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager

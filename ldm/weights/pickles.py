@@ -146,7 +146,7 @@ def _read_old(stream: IO[bytes]) -> Any:
     content = _run(stream, storage)
     for key in _run(stream):
         stream.read(8)                                          # the count, once more
-        space: Any = storages[key].numpy()
+        space: Any = storages[_key(key)].numpy()
         if stream.readinto(space) < len(space):                 # type: ignore[attr-defined]
             raise ValueError("it ends too early")
     return content
@@ -188,9 +188,9 @@ def _run(stream: IO[bytes], storage: Callable[..., Storage] | None = None) -> An
 
     def outside(reference: Any) -> Any:
         if not (isinstance(reference, tuple) and reference[:1] == ("storage",) and storage):
-            return Stub(reference)
+            return Stub(_key(reference))
         _, kind, key, _, count, *view = reference               # the fourth is a device
-        return storage(STORAGES[kind.name.removesuffix("Storage")], key, count, *view)
+        return storage(STORAGES[kind.name.removesuffix("Storage")], _key(key), count, *view)
 
     act: dict[str, Callable[[Any], Any]] = {                    # instruction → what it does with its argument
         "PROTO":        lambda _: None,
@@ -203,7 +203,7 @@ def _run(stream: IO[bytes], storage: Callable[..., Storage] | None = None) -> An
         "MEMOIZE":      lambda _: memo.update({len(memo): stack[-1]}),
         "APPEND":       lambda _: put(list, list.extend, pop(1)),
         "APPENDS":      lambda _: put(list, list.extend, items()),
-        "ADDITEMS":     lambda _: put(set, set.update, items()),
+        "ADDITEMS":     lambda _: put(set, set.update, map(_key, items())),
         "SETITEM":      lambda _: put(dict, dict.update, _pairs(pop(2))),
         "SETITEMS":     lambda _: put(dict, dict.update, _pairs(items())),
         "BUILD":        lambda _: pop(1),                       # the attributes of an object: ours have none
@@ -222,11 +222,11 @@ def _run(stream: IO[bytes], storage: Callable[..., Storage] | None = None) -> An
         "TUPLE":        lambda _: tuple(items()),
         "LIST":         lambda _: items(),
         "DICT":         lambda _: _pairs(items()),
-        "FROZENSET":    lambda _: frozenset(items()),
+        "FROZENSET":    lambda _: frozenset(map(_key, items())),
         "DUP":          lambda _: stack[-1],
         "GET":          lambda i: memo[i],
         "GLOBAL":       lambda words: Global(*words.split(" ", 1)),
-        "STACK_GLOBAL": lambda _: Global(*pop(2)),
+        "STACK_GLOBAL": lambda _: Global(*map(_key, pop(2))),
         "REDUCE":       lambda _: _call(*pop(2)),
         "NEWOBJ":       lambda _: _call(*pop(2)),
         "NEWOBJ_EX":    lambda _: _call(*pop(3)[:2]),
@@ -253,11 +253,24 @@ def _run(stream: IO[bytes], storage: Callable[..., Storage] | None = None) -> An
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
-    return dict(zip(items[::2], items[1::2], strict=True))
+    return dict(zip(map(_key, items[::2]), items[1::2], strict=True))
+
+
+def _key(value: Any) -> Any:
+    """A value that may be looked up and shown. TypeError: a tuple of too many parts. For a tuple can hold
+    another one twice, and so on, forty times in a hundred bytes: then its hash takes years."""
+    parts, count = [value], 0
+    while parts:
+        count += 1
+        if isinstance(part := parts.pop(), tuple | frozenset):
+            parts += part
+        if count + len(parts) > 1000:
+            raise TypeError("a key of more than a thousand parts")
+    return value
 
 
 def _call(maker: Any, arguments: Any) -> Any:
-    return CALLS[maker](*arguments) if isinstance(maker, Global) and maker in CALLS else Stub(maker)
+    return CALLS[maker](*arguments) if isinstance(maker, Global) and maker in CALLS else Stub(_key(maker))
 
 
 def _tensor(storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
