@@ -11,7 +11,7 @@ Both libraries get the same random weights of the published shapes, in one proce
 that changes; shown is the median, and in brackets the fastest and the slowest. The ratio is the
 median of the ratios of each round: above 1, ldm is faster. The floor is the counted floating-point operations
 at the measured rate of a large matrix product. On a CPU with --threads 1 the clock is the process's own, so a
-busy machine does less harm.
+busy machine does less harm; but `cold` and `loading`, in processes of their own, are timed on the wall.
 
 Results are written to docs/benchmarks/NAME.json. Needs the extra `test`; for a plot, matplotlib.
 """

@@ -61,14 +61,14 @@ def networks() -> None:
         report("autoencoder names", "TAESD, full size", unlike(TinyVAE(), diffusers.AutoencoderTiny()), 0)
     for dtype, (kind, tolerance) in DTYPES.items():
         for family in oracles.TINY_UNETS:
-            worst = max(oracles.unet_difference(family, kind, size) for size in ((8, 16), (9, 13)))
+            worst = np.max([oracles.unet_difference(family, kind, size) for size in ((8, 16), (9, 13))])
             report("U-Net", f"{family}, {dtype}, even and odd sizes", worst, tolerance)
     for dtype, (kind, tolerance) in DTYPES.items():
         for family in oracles.TINY_VAES:
             found = oracles.vae_differences(family, kind, (16, 40))
-            report("autoencoder", f"{family}, {dtype}", max(found.values()), tolerance)
+            report("autoencoder", f"{family}, {dtype}", np.max([*found.values()]), tolerance)
         found = oracles.taesd_differences(oracles.TINY_TAESD, kind, (16, 40))
-        report("autoencoder", f"TAESD, {dtype}", max(found.values()), tolerance)
+        report("autoencoder", f"TAESD, {dtype}", np.max([*found.values()]), tolerance)
 
 
 def noise_schedules() -> None:
@@ -87,7 +87,7 @@ def noise_schedules() -> None:
         for steps in oracles.STEPS:
             theirs.set_timesteps(steps)
             ours  = SCHEDULERS["dpmpp_2m"].sigmas(oracles.SD_SCHEDULE, steps, config=config)
-            worst = max(worst, np.abs(np.array(ours) - theirs.sigmas.double().numpy()).max() / ours[0])
+            worst = np.maximum(worst, np.abs(np.array(ours) - theirs.sigmas.double().numpy()).max() / ours[0])
         report("noise schedule", f"σ's, {ramp}", worst, 1e-6)
 
 
@@ -113,7 +113,7 @@ def all_schedulers() -> None:
                 difference, times = oracles.tolerances(name, spacing, prediction)
                 same = all(one.calls[0] == one.calls[1] and one.times <= times for one in found)
                 report("scheduler", f"{name}, {spacing}, {prediction}",
-                       max(one.difference for one in found) if same else math.nan, difference, note)
+                       np.max([one.difference for one in found]) if same else math.nan, difference, note)
     print("\nNot compared, and why:")
     for reason, letter in letters.items():
         print(f"  ({letter}) {reason}")

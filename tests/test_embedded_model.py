@@ -1,6 +1,7 @@
 """The model inside the package: its files, and that it draws what it is asked for."""
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "embedd
 
 import checker
 import limits
+from world import COLOURS, render
 
 FOLDER = Path(ldm.__file__).parent / "assets" / "shapes"
 
@@ -103,6 +105,24 @@ def test_what_a_kind_of_prompts_leaves_unsaid_is_not_said():
         assert all((" and " in text) == ("order unsaid" in kind) for text in texts)
     white = evaluate.scenes_of("one thing, background unsaid", 20, seed=1)
     assert {scene.background for scene in white} == {"white"}
+
+
+@pytest.mark.parametrize("kind", ["one thing", "one thing, unseen combination", "pair", "pair, unseen"])
+def test_evaluate_counts_what_is_right_and_only_that(kind):
+    import evaluate
+    for scene in evaluate.scenes_of(kind, 5, seed=2):
+        assert all(evaluate.judge(scene, checker.read(render(scene))).values())
+        taken  = {scene.background, *(thing.colour for thing in scene.things)}
+        other  = replace(scene, background=next(colour for colour in COLOURS if colour not in taken))
+        wrong  = {"background"}
+        if len(scene.things) == 2:                                      # the two have changed their places
+            a, b  = scene.things
+            other = replace(other, things=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
+            wrong.add("both and relation")
+        found = evaluate.judge(scene, checker.read(render(other)))
+        assert {name for name, right in found.items() if not right} == wrong
+    for right, low, high in ((99, .9455, .9982), (0, 0, .0370), (50, .4038, .5962)):    # Wilson's, of 100
+        assert evaluate.wilson(right, 100) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_diffusers_loads_the_folder_and_draws_the_same(pipe):

@@ -1,17 +1,21 @@
 """The training loop of the scripts: killed and started again, in several processes, and to fine-tune."""
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 import ldm
 from ldm.models import UNet, UNetConfig
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts/embedded"))
+sys.path += [str(Path(__file__).resolve().parents[1] / "scripts" / folder) for folder in ("embedded", "")]
 
+import common
+import finetune as fine_tuning
 import train_unet
 from grow import grow
 from world import Scene, Thing
@@ -70,6 +74,18 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
             assert torch.equal(parts[part][name], value)
 
 
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    common.save({"step": 1}, path)
+    def cut_off(state, file):
+        Path(file).write_bytes(b"PK half of")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        common.save({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
 def test_two_processes_take_one_step_on_all_their_samples(tmp_path):
     train(tmp_path / "one.pt", 4, 8)
     printed = train(tmp_path / "two.pt", 4, 4, "-m", "torch.distributed.run", "--nproc-per-node", "2",
@@ -81,11 +97,12 @@ def test_two_processes_take_one_step_on_all_their_samples(tmp_path):
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
 
 
-def test_the_unet_begins_with_what_it_learned_at_half_the_size(tmp_path):
+def test_the_unet_begins_with_what_it_learned_at_half_the_size_and_its_average_is_exported(tmp_path):
     pipe = ldm.load(device="cpu")
     pipe.save(tmp_path)                                  # autoencoder, text encoder and tokenizer, in float32
-    command = [sys.executable, EMBEDDED / "train.py", "half", "unet", "--out", tmp_path, "--size", "128",
-               "--scenes", "4", "--half-steps", "2", "--unet-steps", "1", "--device", "cpu", "--threads", "1"]
+    command = [sys.executable, EMBEDDED / "train.py", "half", "unet", "export", "--out", tmp_path,
+               "--size", "128", "--scenes", "4", "--half-steps", "2", "--unet-steps", "1",
+               "--device", "cpu", "--threads", "1"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     for size in (64, 128):
@@ -93,11 +110,21 @@ def test_the_unet_begins_with_what_it_learned_at_half_the_size(tmp_path):
         assert latents.shape == (4, 4, size // 8, size // 8)
     half, unet = (torch.load(tmp_path / name, weights_only=True) for name in ("half.pt", "unet.pt"))
     assert (half["step"], unet["step"]) == (2, 1)
-    torch.manual_seed(0)
-    begun = grow(train_unet.averaged(tmp_path / "half.pt", UNet(train_unet.INNER))).state_dict()
-    assert begun.keys() == unet["unet"].keys()
-    for name, tensor in begun.items():                   # one step, at a hundredth of the rate of 1e-3
-        torch.testing.assert_close(unet["unet"][name], tensor, rtol=0, atol=2e-5)
+    def furthest(weights: str) -> float:
+        torch.manual_seed(0)
+        inner = UNet(train_unet.INNER)
+        inner.load_state_dict(half[weights])
+        begun = grow(inner).state_dict()
+        assert begun.keys() == unet["unet"].keys()
+        return max((unet["unet"][name] - tensor).abs().max() for name, tensor in begun.items())
+    assert furthest("ema") < 1.1e-5 < furthest("unet")  # one step, at a hundredth of the rate of 1e-3
+    exported = ldm.load(tmp_path / "model", device="cpu", dtype="float32")
+    for name, tensor in exported.unet.state_dict().items():
+        torch.testing.assert_close(tensor, unet["ema"][name].half().float(), rtol=0, atol=0)
+    assert (exported.prediction, exported.defaults.height) == ("v_prediction", 128)
+    card = (tmp_path / "model/README.md").read_text()
+    for words in ("128x128 pixels", "4 scenes", "| U-Net | 1 |", "of 32, AdamW at 0.001", "30% of the"):
+        assert words in card
 
 
 def test_training_a_finished_model_on_begins_with_its_weights_and_other_samples(tmp_path):
@@ -116,6 +143,11 @@ def test_training_a_finished_model_on_begins_with_its_weights_and_other_samples(
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=2e-5)
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+    command = [sys.executable, EMBEDDED / "train.py", "--out", tmp_path / "0", "--from", tmp_path / "1"]
+    shutil.copytree(tmp_path / "model", tmp_path / "1", dirs_exist_ok=True)
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "holds another run, which would be gone on with: give a new folder" in run.stderr
 
 
 def test_a_grown_unet_begins_as_the_small_one_at_twice_the_size():
@@ -167,6 +199,35 @@ def test_fine_tuning_on_a_folder(tmp_path):
     assert torch.load(tmp_path / "out/training.pt", weights_only=True)["step"] == 4
     more = ldm.load(tmp_path / "out/model", device="cpu").unet.state_dict()
     assert any(not torch.equal(tensor, after.unet.state_dict()[name]) for name, tensor in more.items())
+
+
+def test_fine_tuning_learns_each_picture_with_its_own_caption_and_writes_the_average(tmp_path, monkeypatch):
+    captions = {"red": "a red wall", "blue": "the sea"}
+    for colour, text in captions.items():
+        Image.new("RGB", (256, 256), colour).save(tmp_path / f"{colour}.png")
+        (tmp_path / f"{colour}.txt").write_text(text)
+    pipe, seen, loss = ldm.load(device="cpu"), [], fine_tuning.training.denoising_loss
+    def watched(unet, x0, noise, t, sigma, text, prediction):
+        seen.extend(zip(x0, text, strict=True))
+        return loss(unet, x0, noise, t, sigma, text, prediction)
+    monkeypatch.setattr(fine_tuning.training, "denoising_loss", watched)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", str(tmp_path), str(tmp_path / "out"), "--steps", "3",
+                                      "--batch", "2", "--dropped", "0", "--rate", "1e-3"])
+    fine_tuning.main()
+    counts = dict.fromkeys(captions, 0)
+    with torch.no_grad():
+        for colour, text in captions.items():
+            levels    = torch.tensor(ImageColor.getrgb(colour)).view(1, 3, 1, 1)
+            mean, std = pipe.encode((levels / 127.5 - 1).expand(1, 3, 256, 256))
+            for x0, given in seen:
+                if torch.equal(given, pipe.text([text]).context[0]):
+                    counts[colour] += 1
+                    assert (x0 - mean[0]).abs().max() < 6 * std.max()
+    assert sum(counts.values()) == len(seen) == 6
+    assert min(counts.values()) > 0
+    average = torch.load(tmp_path / "out/training.pt", weights_only=True)["ema"]
+    written = ldm.load(tmp_path / "out/model", device="cpu").unet.state_dict()
+    assert all(torch.equal(average[name], tensor) for name, tensor in written.items())
 
 
 def test_single_things_are_drawn_more_often_and_small_ones_once_their_size_is_visible():

@@ -1,5 +1,7 @@
 """The picture world, its captions, and the checker that reads pictures."""
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -97,19 +99,32 @@ def test_unknown_shapes_are_refused():
         world.outline("octagon")
 
 
-def test_captions_say_the_relation_the_right_way_round():
-    above = Scene((thing("red", "circle", place=(1, 0), y=.26),
-                   thing("blue", "square", place=(1, 2), y=.74)), "white")
-    rng, seen = Random(0), 0
+@pytest.mark.parametrize(("places", "words"), [
+    (((1, 0), (1, 2)), {-1: "above|over|on top of|higher than", 1: "below|under(neath)?|beneath|lower than"}),
+    (((0, 1), (2, 1)), {-1: "left", 1: "right"}),
+])
+def test_captions_say_the_relation_the_right_way_round(places, words):
+    """In each form: "ONE above TWO", "TWO and ONE above it", "ONE at the top and TWO at the bottom"."""
+    axis        = 1 if places[0][0] == places[1][0] else 0
+    things      = [thing("red", "circle", place=place) for place in places]
+    rng, forms  = Random(0), Counter()
     for _ in range(3000):
-        text = caption(above, rng).lower()
-        for word, first, second in ((" above ", "red", "blue"), (" below ", "blue", "red"),
-                                    (" under ", "blue", "red")):
-            a, found, b = text.partition(word)
-            if found and not b.startswith("it"):                  # "below it a square" is the other way round
-                seen += first in a and second in b
-                assert not (second in a and first in b), text
-    assert seen > 300
+        (first, a), (second, b) = rng.sample([*zip(things, ("ONE", "TWO"), strict=True)], 2)
+        text = world._together(first, second, a, b, rng)
+        side = -1 if first.place[axis] < second.place[axis] else 1                     # of the first thing
+        found = [way for way, pattern in words.items() if re.search(rf"\b({pattern})\b", text)]
+        if re.search(r"\bits?\b", text):                     # "… below it": where the second one is
+            forms["afterwards"] += 1
+            assert found == [-side], text
+        elif len(near := re.findall(r"\b(?:(top|upper|left)|(bottom|lower|right))\b", text)) == 2:
+            forms["places"] += 1
+            assert [-1 if low else 1 for low, _ in near] == [side, -side], text
+            assert text.index(a) < text.index(b), text
+        elif found:
+            forms["between"] += 1
+            assert found == [side], text
+            assert text.index(a) < text.index(b), text
+    assert min(forms[form] for form in ("afterwards", "places", "between")) > 100, forms
 
 
 def test_captions_without_an_order_name_things_as_one_reads():
@@ -129,7 +144,7 @@ def test_captions_without_an_order_name_things_as_one_reads():
 
 def test_captions_vary_and_leave_things_out():
     scene = Scene((thing(size="small", radius=.11),), "green")
-    texts = [caption(forget(scene, Random(i)), Random(-i)).lower() for i in range(500)]
+    texts = [caption(forget(scene, Random(i)), Random(1000 + i)).lower() for i in range(500)]
     assert len(set(texts)) > 250
     for word, at_least, at_most in (("red", .85, .98), ("green", .8, .995), ("background", .5, .97)):
         assert at_least < sum(word in text for text in texts) / 500 < at_most

@@ -35,7 +35,7 @@ FAMILIES = {
 
 def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     """A CLIP tokenizer that knows no merges: a token for each letter."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     (folder / "tokenizer_config.json").write_text(json.dumps({

@@ -41,7 +41,7 @@ def seen_right(pipe: ldm.Pipeline, scenes: list[Scene], encode: bool) -> float:
         x = pixels(part, pipe.defaults.height)
         if encode:
             x = pipe.vae.decode(pipe.vae.encode(x)[0])
-        for scene, image in zip(part, images.to_pil((x + 1) / 2), strict=True):
+        for scene, image in zip(part, images.to_pil(images.to_unit(x)), strict=True):
             found = judge(scene, read(image))
             right += found["colour and shape" if len(scene.things) == 1 else "both things"]
     return right / len(scenes)

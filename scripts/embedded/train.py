@@ -19,12 +19,15 @@ The model in the package was exported with --assets ldm/assets/shapes, which rep
 """
 
 import argparse
+import json
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # spinning threads starve each other
 
@@ -73,7 +76,7 @@ def main() -> None:
 
     if args.start:
         started = ldm.load(args.start, device="cpu", dtype="float32")
-        once(lambda: take_over(started, args.out))
+        once(lambda: take_over(started, args.start, args.out))
 
     for stage in args.stages or (STAGES if not args.start else ("unet", "export")):
         if stage == "vae":
@@ -88,6 +91,7 @@ def main() -> None:
                 unet = (started.unet.requires_grad_(True) if args.start else
                         grow(train_unet.averaged(args.out / "half.pt", unet)))
                 steps, size = args.unet_steps, args.size
+                once(lambda: write_recipe(args))
             train_unet.train(path, unet, vae, steps, args.scenes, size, args.batch, args.rate,
                              args.noisy, args.seed, args.device)
         elif stage == "polish":
@@ -96,10 +100,15 @@ def main() -> None:
             once(lambda: export_model(args))
 
 
-def take_over(model: ldm.Pipeline, out: Path) -> None:
+def take_over(model: ldm.Pipeline, name: Path, out: Path) -> None:
     """Puts autoencoder, tokenizer and text encoder of a model, in float32, where the stages look for them."""
-    if (out / "vae").exists():                                  # an earlier start has done it
-        return
+    marker = out / "from.txt"
+    if (out / "vae").exists() or (out / "unet.pt").exists():
+        if marker.exists() and marker.read_text() == str(name):             # an earlier start has done it
+            return
+        sys.exit(f"{out} holds another run, which would be gone on with: give a new folder to train {name}.")
+    out.mkdir(parents=True, exist_ok=True)
+    marker.write_text(str(name))
     shutil.rmtree(out / "start", ignore_errors=True)
     model.save(out / "start")
     for part in ("tokenizer", "text_encoder", "vae"):
@@ -109,15 +118,28 @@ def take_over(model: ldm.Pipeline, out: Path) -> None:
 
 
 def export_model(args: argparse.Namespace) -> None:
-    saved = torch.load(args.out / "unet.pt", weights_only=True, map_location="cpu")
-    unet = grow(UNet(train_unet.INNER))
+    saved  = torch.load(args.out / "unet.pt", weights_only=True, map_location="cpu")
+    recipe = json.loads((args.out / "unet.json").read_text())
+    unet   = grow(UNet(train_unet.INNER))
     unet.load_state_dict(saved["ema"])
-    export(args.out, args.assets, unet, args.size, card(args, saved, unet.config))
+    export(args.out, args.assets, unet, recipe["size"], card(args.out, recipe, saved, unet.config))
     size = sum(file.stat().st_size for file in args.assets.rglob("*") if file.is_file())
     print(f"wrote {args.assets}: {size / 1e6:.1f} MB")
 
 
-def card(args: argparse.Namespace, unet: dict, config: UNetConfig) -> str:
+def write_recipe(args: argparse.Namespace) -> None:
+    """How the U-Net is trained, for the card: unet.json."""
+    commit  = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent)
+    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else \
+        f"{args.threads * WORLD} threads of a {platform.machine()} CPU shared with other work"
+    recipe = {"size": args.size, "scenes": args.scenes, "batch": args.batch * WORLD, "rate": args.rate,
+              "noisy": args.noisy, "date": time.strftime("%Y-%m-%d"), "machine": machine,
+              "commit": commit.stdout.strip() or "not yet committed", "torch": torch.__version__}
+    (args.out / "unet.json").write_text(json.dumps(recipe, indent=1) + "\n")
+
+
+def card(out: Path, recipe: dict[str, Any], unet: dict[str, Any], config: UNetConfig) -> str:
     """The model card: what the model is and how these very weights came to be.
 
     Takes in what is written by hand in notes.md (how this run differed from the scripts) and measured.md (the
@@ -128,22 +150,15 @@ def card(args: argparse.Namespace, unet: dict, config: UNetConfig) -> str:
     files = {"U-Net, inner levels, at half the size": "half.pt", "autoencoder": "vae.pt",
              "decoder, alone": "polish.pt", "text encoder": "text.pt"}
     for name, file in files.items():
-        if (args.out / file).exists():
-            saved = torch.load(args.out / file, weights_only=True, map_location="cpu")
+        if (out / file).exists():
+            saved = torch.load(out / file, weights_only=True, map_location="cpu")
             minutes[name], steps[name] = saved["seconds"] / 60, saved["step"]
     rows = "\n".join(f"| {name} | {steps[name]} | {minutes[name]:.0f} |" for name in minutes)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent)
-    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else \
-        f"{args.threads * WORLD} threads of a {platform.machine()} CPU shared with other work"
     def written(name: str, otherwise: str) -> str:
-        return (args.out / name).read_text() if (args.out / name).exists() else otherwise
-    return CARD.format(size=args.size, unet=config, vae=load_vae(args.out / "vae").config,
-                       scenes=args.scenes, batch=args.batch * WORLD, rows=rows,
-                       rate=args.rate, noisy=args.noisy, dropped=train_unet.DROPPED,
-                       visible=train_unet.VISIBLE, offset=train_unet.OFFSET, more=", ".join(MORE_SHAPES),
-                       date=time.strftime("%Y-%m-%d"), machine=machine,
-                       commit=commit.stdout.strip() or "not yet committed", torch=torch.__version__,
+        return (out / name).read_text() if (out / name).exists() else otherwise
+    return CARD.format(**recipe, unet=config, vae=load_vae(out / "vae").config, rows=rows,
+                       dropped=train_unet.DROPPED, visible=train_unet.VISIBLE, offset=train_unet.OFFSET,
+                       more=", ".join(MORE_SHAPES),
                        text=f"{train_text.LAYERS} layers of {train_text.WIDTH}, {train_text.LENGTH} tokens",
                        notes=written("notes.md", ""), measured=written("measured.md", "Not measured yet.\n"))
 

@@ -21,7 +21,7 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from common import draw, once, run
+from common import draw, once, replacing, run
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from world import (
@@ -70,16 +70,17 @@ def make_tokenizer(folder: Path) -> None:
     merges = learn_merges(counts)
     alphabet = list(_bytes_to_unicode().values())
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges] + [START, END]
-    folder.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "vocab.json").write_text(numbers, encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True,
-         "add_prefix_space": False, "errors": "replace", **special}, indent=2) + "\n")
+    with replacing(folder) as building:
+        building.mkdir(parents=True)
+        (building / "vocab.json").write_text(numbers, encoding="utf-8")
+        (building / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (building / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+        (building / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True,
+             "add_prefix_space": False, "errors": "replace", **special}, indent=2) + "\n")
 
 
 def learn_merges(counts: Counter[str]) -> list[tuple[str, str]]:

@@ -124,7 +124,7 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, b
     weights = [torch.tensor([emphasis(s, visible) for s in all_scenes]) for visible in (True, False)]
 
     def step(i: int) -> dict[str, Tensor]:
-        number = seed * 1_000_000 + draw(i)
+        number = 1_000_000 * (1000 * seed + size) + draw(i)     # other samples at each seed and size
         generator, rng = torch.Generator().manual_seed(number), Random(30_000_000 + number)
         t = training.sample_timesteps(batch, noisy_share=noisy, generator=generator)
         chosen = choose(t, *weights, generator)
