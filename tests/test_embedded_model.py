@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "embedd
 
 import checker
 import limits
-from world import COLOURS, render
+from world import COLOURS, SHAPES, render
 
 FOLDER = Path(ldm.__file__).parent / "assets" / "shapes"
 
@@ -144,6 +144,20 @@ def test_the_text_encoder_says_what_captions_of_unseen_combinations_say(pipe):
     for things in (1, 2):
         scenes = limits.plain_scenes(Random(2), 200, things, unseen=True)
         assert limits.read_right(pipe, reader, scenes) > .95
+
+
+def test_the_text_encoder_tells_the_first_thing_from_the_second(pipe):
+    """Else no U-Net could know which of two things joined by "and" is on the left."""
+    rng, pairs = Random(0), []
+    while len(pairs) < 400:
+        pairs.append([(rng.choice([*COLOURS]), rng.choice(SHAPES)) for _ in range(2)])
+    context = pipe.text(["a {} {} and a {} {}".format(*first, *second) for first, second in pairs]).context
+    shapes  = torch.cat([context[:, 3], context[:, 7]]).double()    # <start> a … SHAPE and a … SHAPE
+    shapes  = torch.cat([shapes, torch.ones(800, 1)], dim=1)
+    where   = torch.tensor([-1.] * 400 + [1.] * 400, dtype=torch.double)
+    taught  = torch.arange(800) % 2 == 0
+    linear  = torch.linalg.lstsq(shapes[taught], where[taught, None]).solution[:, 0]
+    assert ((shapes[~taught] @ linear).sign() == where[~taught]).double().mean() > .98
 
 
 def test_the_autoencoder_keeps_what_the_checker_reads(pipe):
