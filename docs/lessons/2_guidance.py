@@ -14,13 +14,14 @@ from evaluate import judge, prompt_for, scenes_of
 
 import ldm
 
-pipe   = ldm.load(device="cpu")
-kind   = "pair, order unsaid"
-scenes = scenes_of(kind, 12, seed=7)
+pipe    = ldm.load(device="cpu")
+kind    = "pair, order unsaid"
+scenes  = scenes_of(kind, 12, seed=7)
+prompts = [prompt_for(scene, kind) for scene in scenes]
 print("scale   right")
 right = {}
 for scale in (1, 3, 8):
-    pictures     = ldm.sample([prompt_for(scene, kind) for scene in scenes], pipe, steps=10, guidance_scale=scale)
+    pictures     = ldm.sample(prompts, pipe, steps=10, guidance_scale=scale)
     right[scale] = sum(judge(scene, read(picture))["both things"]
                        for scene, picture in zip(scenes, pictures, strict=True))
     print(f"{scale:5}   {right[scale]:2} of {len(scenes)}")
