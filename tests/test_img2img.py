@@ -253,7 +253,7 @@ def test_a_refiner_takes_over_in_image_to_image_too(pipe, handover, expected):
     ({"stepz": 3},                           TypeError,  "unexpected keyword argument 'stepz'"),
     ({"height": 100},                        ValueError, "multiple of 8: take 96 or 104"),
     ({"image": [painting()] * 2},            ValueError, "2 pictures or masks for 1 prompt"),
-    ({"image": []},                          ValueError, "here are 0"),
+    ({"image": []},                          ValueError, "the list is empty"),
     ({"image": painting(100, 7)},            ValueError, "A picture of 100 × 7 pixels is too small"),
     ({"image": "no/such.png"},               FileNotFoundError, "no/such.png"),
     ({"image": [painting(), painting(80)], "prompt": ["a", "b"]}, ValueError, r"\[\(72, 64\), \(80, 64\)\]"),
