@@ -199,12 +199,9 @@ class NoiseSchedule:
 
 def _whole(steps: int) -> int:
     """A number of steps, of any type of whole numbers. ValueError: it is none, or less than 1."""
-    try:
-        if operator.index(steps) >= 1:
-            return operator.index(steps)
-    except TypeError:
-        pass
-    raise ValueError(f"steps is {steps!r}; it must be a whole number, at least 1.")
+    if not hasattr(steps, "__index__") or steps < 1:
+        raise ValueError(f"steps is {steps!r}; it must be a whole number, at least 1.")
+    return operator.index(steps)
 
 
 def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
