@@ -36,11 +36,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts"), str(ROOT / "scripts" / "embedded")]
 
 import original
 import torch
 import torch.nn.functional as F
+from common import native_bfloat16
 from oracles import SD, SD_VAE, SDXL_VAE, UNETS
 from peak import Peak
 from torch import Tensor, nn
@@ -78,12 +79,6 @@ def machine(device: str, clock: str) -> dict[str, Any]:
             "python": platform.python_version(), "torch": torch.__version__, "ldm": ldm.__version__,
             "diffusers": diffusers.__version__, "transformers": transformers.__version__,
             "date": datetime.now(UTC).strftime("%Y-%m-%d")}
-
-
-def native_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself; elsewhere PyTorch emulates it."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(info.read_text().split())
 
 
 class Clock:

@@ -31,6 +31,12 @@ def join(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
 
 
+def native_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; elsewhere PyTorch emulates it, slowly."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(info.read_text().split())
+
+
 def draw(i: int) -> int:
     """What seeds step i of this process: no two processes see the same pictures."""
     return i * WORLD + RANK

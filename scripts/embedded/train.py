@@ -134,7 +134,8 @@ def write_recipe(args: argparse.Namespace) -> None:
     machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else \
         f"{args.threads * WORLD} threads of a {platform.machine()} CPU shared with other work"
     recipe = {"size": args.size, "scenes": args.scenes, "batch": args.batch * WORLD, "rate": args.rate,
-              "noisy": args.noisy, "date": time.strftime("%Y-%m-%d"), "machine": machine,
+              "noisy": args.noisy, "arithmetic": train_unet.arithmetic(args.device), "machine": machine,
+              "date": time.strftime("%Y-%m-%d"),
               "commit": commit.stdout.strip() or "not yet committed", "torch": torch.__version__}
     (args.out / "unet.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
@@ -179,7 +180,8 @@ nine places, and the relations above, below, left and right. It knows nothing el
 - text encoder (CLIP): {text}; trained first to say what a caption describes, then frozen
 
 ## Training
-{date}, on {machine}, torch {torch}, commit {commit}; {scenes} scenes, all seeds fixed in the scripts.
+{date}, on {machine}, in {arithmetic}, torch {torch},
+commit {commit}; {scenes} scenes, all seeds fixed in the scripts.
 
 | stage | steps | minutes |
 |---|---|---|

@@ -13,7 +13,7 @@ from random import Random
 
 import numpy as np
 import torch
-from common import draw, once, pixels, run, save, sheet
+from common import draw, native_bfloat16, once, pixels, run, save, sheet
 from torch import Tensor
 from train_text import tokens
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -88,6 +88,11 @@ def choose(t: Tensor, visible: Tensor, hidden: Tensor, generator: torch.Generato
                                       for w in (visible, hidden)))
 
 
+def arithmetic(device: str) -> str:
+    """What products are computed in: bfloat16 where the machine has instructions for it."""
+    return "bfloat16 (autocast)" if device.startswith("cuda") or native_bfloat16() else "float32"
+
+
 def new_optimiser(unet: UNet) -> torch.optim.AdamW:
     return torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(.9, .99), weight_decay=.01, fused=True)
 
@@ -133,7 +138,7 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, b
         text = training.drop_captions(text, empty, DROPPED, generator)
         noise = torch.randn(x0.shape, generator=generator)
         noise = training.offset_noise(noise, OFFSET, generator).to(device)
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=on_gpu):
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=arithmetic(device) != "float32"):
             loss = training.denoising_loss(network, x0, noise, t.to(device), sigmas[t].to(device), text,
                                            "v_prediction")
         return {"loss": loss}
