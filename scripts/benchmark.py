@@ -10,8 +10,9 @@
 Both libraries get the same random weights of the published shapes, in one process, and take turns in an order
 that changes; shown is the median, and in brackets the fastest and the slowest. The ratio is the
 median of the ratios of each round: above 1, ldm is faster. The floor is the counted floating-point operations
-at the measured rate of a large matrix product. On a CPU with --threads 1 the clock is the process's own, so a
-busy machine does less harm; but `cold` and `loading`, in processes of their own, are timed on the wall.
+at the measured rate of a large matrix product, or of a convolution, if that is higher. On a CPU with
+--threads 1 the clock is the process's own, so a busy machine does less harm; but `cold` and `loading`, in
+processes of their own, are timed on the wall.
 
 Results are written to docs/benchmarks/NAME.json. Needs the extra `test`; for a plot, matplotlib.
 """
@@ -52,7 +53,7 @@ import ldm
 from ldm import fast
 from ldm.fast import kernels
 from ldm.models import VAE, UNet, UNetConfig, VAEConfig
-from ldm.models.layers import GEGLU, ResBlock
+from ldm.models.layers import GEGLU, Attention, ResBlock
 from ldm.noise_schedule import NoiseSchedule
 from ldm.pipeline import Defaults
 from ldm.weights import rename_ldm_unet
@@ -103,15 +104,24 @@ class Clock:
 
 
 def rates(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
-    """A second, measured: floating-point operations of a matrix product, bytes read and written by a copy."""
+    """A second, measured: floating-point operations of a matrix product, and of a convolution with the
+    channels last; bytes read and written by a copy."""
     side  = 8192 if clock.device == "cuda" else 2048
+    maps, kernel = (torch.randn(shape, device=clock.device).to(dtype, memory_format=torch.channels_last)
+                    for shape in ((2, 512, 64, 64), (512, 512, 3, 3)))
     a, b  = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
     large = torch.randn(2**28 if clock.device == "cuda" else 2**26, device=clock.device)
     other = torch.empty_like(large)
     def best(function: Callable[[], Any]) -> float:
         return min(clock(function) for _ in range(40))          # a shared machine is rarely all ours
-    return {"flops": 2 * side**3 / best(lambda: a @ b),
+    return {"product": 2 * side**3 / best(lambda: a @ b),
+            "convolution": 2 * kernel.numel() * 2 * 64**2 / best(lambda: F.conv2d(maps, kernel, padding=1)),
             "bytes": 2 * large.numel() * large.element_size() / best(lambda: other.copy_(large))}
+
+
+def peak_of(rates: dict[str, float]) -> float:
+    """Floating-point operations a second: of the faster of the two, as libraries differ in their products."""
+    return max(rates["product"], rates.get("convolution", 0))
 
 
 # ── Counting ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -234,20 +244,28 @@ def row(what: str, seconds: dict[str, list[float]], *, flops: float = 0, peak_fl
     return result
 
 
+def of(dtype: torch.dtype) -> str:
+    """What to add to the name of a row."""
+    return ", bfloat16" if dtype == torch.bfloat16 else ""
+
+
+def optimized(unet: nn.Module, dtype: torch.dtype) -> Any:
+    """SD 1.5's U-Net as `ldm.fast.optimize` leaves it on a CPU."""
+    return fast.optimize(stand_in("SD 1.5", unet, vaes("cpu", dtype)[0])).unet
+
+
 def one_step(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: float,
              quick: bool) -> dict[str, Any]:
     """quick: fewer contestants, and they warm up on a quarter of the picture."""
     ours, theirs = unets("SD 1.5", clock.device, dtype)
-    lean     = fast.in_place(ours)
-    networks = {"diffusers": theirs, "ldm": ours, "ldm.fast": fast.prompt_once(fast.packed(lean))}
+    networks = {"diffusers": theirs, "ldm": ours, "ldm.fast": optimized(ours, dtype)}
     if not quick:
-        networks["ldm.fast, channels last"] = fast.prompt_once(fast.packed(fast.channels_last(lean)))
+        networks["ldm.fast, channels first"] = fast.prompt_once(fast.packed(fast.in_place(ours)))
 
     def calls(pixels: int) -> dict[str, Callable[[], Any]]:
         inputs = unet_inputs("SD 1.5", 1, clock.device, dtype, pixels)[:3]
         return {name: lambda network=network: network(*inputs) for name, network in networks.items()}
-    kind = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
-    return row(f"SD 1.5, 512², one guided step{kind}",
+    return row(f"SD 1.5, 512², one guided step{of(dtype)}",
                turns(clock, calls(512), rounds, calls(256 if quick else 512)), flops=flops, peak_flops=peak)
 
 
@@ -258,7 +276,7 @@ def original_step(clock: Clock, rounds: int, peak: float, flops: float, folder: 
     with torch.device("meta"):
         ours = UNet(UNetConfig.from_hf(UNETS["SD 1.5"]))
     ours.load_state_dict(rename_ldm_unet(theirs.state_dict(), ours.state_dict()), assign=True)
-    quick = fast.prompt_once(fast.packed(fast.in_place(ours.eval())))
+    quick = optimized(ours.eval(), torch.float32)
     x, t, context = unet_inputs("SD 1.5", 1, clock.device, torch.float32)[:3]
     calls = {"CompVis": lambda: theirs(x, timesteps=t.expand(len(x)), context=context),
              "ldm": lambda: ours(x, t, context), "ldm.fast": lambda: quick(x, t, context)}
@@ -283,14 +301,15 @@ def original_class(folder: Path) -> Any:
         sys.modules.update(ours)
 
 
-def cpu_steps(clock: Clock, rounds: int, peak: float, flops: float, quick: bool) -> list[dict[str, Any]]:
-    """In float32; and in bfloat16, where the CPU knows it."""
-    rows = [one_step(clock, torch.float32, rounds, peak, flops, quick)]
+def on_a_cpu(measure: Callable[..., dict[str, Any]], clock: Clock, rounds: int, peak: float, flops: float,
+             quick: bool) -> list[dict[str, Any]]:
+    """A step or a decode in float32; and in bfloat16, where the CPU knows it."""
+    rows = [measure(clock, torch.float32, rounds, peak, flops, quick)]
     if not native_bfloat16():
         print("no rows in bfloat16: this CPU has neither avx512_bf16 nor amx_bf16, PyTorch would emulate it")
         return rows
-    peak = rates(clock, torch.bfloat16)["flops"]
-    rows.append(one_step(clock, torch.bfloat16, rounds, peak, flops, quick) | {"peak_flops": peak})
+    peak = peak_of(rates(clock, torch.bfloat16))
+    rows.append(measure(clock, torch.bfloat16, rounds, peak, flops, quick) | {"peak_flops": peak})
     for one in rows[1]["contestants"].values():
         one["ratio_to_float32"] = rows[0]["contestants"]["diffusers"]["seconds"] / one["seconds"]
     return rows
@@ -301,23 +320,22 @@ def one_decode(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops
     """quick: as for one_step."""
     ours, theirs = vaes(clock.device, dtype)
     decoders = {"diffusers": lambda z: theirs.decode(z / theirs.config.scaling_factor).sample,
-                "ldm": ours.decode}
-    if clock.device == "cuda":
-        decoders["ldm.fast"] = fast.channels_last(ours).decode
+                "ldm": ours.decode, "ldm.fast": fast.channels_last(ours).decode}
     if not quick:
         decoders["fast.tiled"] = fast.tiled(ours).decode
 
     def calls(pixels: int) -> dict[str, Callable[[], Any]]:
         z = torch.randn(1, 4, pixels // 8, pixels // 8, device=clock.device, dtype=dtype)
         return {name: lambda decode=decode: decode(z) for name, decode in decoders.items()}
-    return row("decode, 512²", turns(clock, calls(512), rounds, calls(256 if quick else 512)),
+    return row(f"decode, 512²{of(dtype)}", turns(clock, calls(512), rounds, calls(256 if quick else 512)),
                flops=flops, peak_flops=peak)
 
 
 # ── One change at a time ────────────────────────────────────────────────────────────────────────────────────
 
 def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
-    """Blocks of SD 1.5 at 512², two pictures, before and after a change; some that ldm.fast leaves out."""
+    """Blocks of SD 1.5 at 512², two pictures, before and after a change; some that ldm.fast leaves out. In
+    float32; attention in bfloat16 too, where the CPU knows it."""
     found: list[dict[str, Any]] = []
 
     def compare(what: str, kept: bool, before: Callable[[], Any], after: Callable[[], Any]) -> None:
@@ -337,7 +355,7 @@ def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
         y, at  = x.contiguous(memory_format=torch.channels_last), f"{width} channels, {side} × {side}"
         wide   = block.conv1.weight.numel() >= kernels.WIDE
         compare(f"packed: ResBlock, {at}", wide, lambda: block(x, e), lambda: pack(x, e))
-        compare(f"channels last: convolution, {at}", False, lambda: block.conv1(x), lambda: conv(y))
+        compare(f"channels last: convolution, {at}", True, lambda: block.conv1(x), lambda: conv(y))
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*(y.unflatten(-1, (8, -1)).transpose(1, 2) for y in (q, k, v)))
@@ -353,8 +371,17 @@ def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
 
     for width, side in ((320, 64), (640, 32), (1280, 16), (1280, 8)):
         residual(width, side)
+    def unfused(width: int, side: int) -> None:
+        block  = Attention(width, width, 8).to(torch.bfloat16)
+        apart  = fast.unfused(nn.Sequential(block))[0]
+        tokens = torch.randn(2, side * side, width, dtype=torch.bfloat16)
+        compare(f"unfused: self-attention, {width} channels, {side} × {side}, bfloat16", True,
+                lambda: block(tokens), lambda: apart(tokens))
+
     for width, side in ((320, 64), (640, 32), (1280, 16)):
         transformer(width, side)
+        if native_bfloat16():
+            unfused(width, side)
     return found
 
 
@@ -654,18 +681,19 @@ def gpu_pictures(family: str, clock: Clock, dtype: torch.dtype, batch: int, step
 
 def tables(name: str, result: dict[str, Any]) -> str:
     """A result, and of which file, as Markdown."""
-    m     = result["machine"]
+    m, rate     = result["machine"], result["rates"]
+    convolution = f"{rate['convolution'] / 1e12:.3g} in a convolution, " if "convolution" in rate else ""
     lines = [f"{m['device']}, {m['threads']} CPU threads, PyTorch {m['torch']}, diffusers {m['diffusers']}, "
              f"{m['date']}; clock {m['clock']}. {result['dtype']}; measured: "
-             f"{result['rates']['flops'] / 1e12:.3g} TFLOP/s in a matrix product, "
-             f"{result['rates']['bytes'] / 1e9:.3g} GB/s in a copy. The run took "
+             f"{rate['product'] / 1e12:.3g} TFLOP/s in a matrix product, {convolution}"
+             f"{rate['bytes'] / 1e9:.3g} GB/s in a copy. The run took "
              f"{sum(result['spent'].values()):.0f} s.", "",
              "| | | seconds (fastest … slowest) | it/s | pictures/s | of the floor | against diffusers | "
              "peak memory |",
              "|---|---|---|---|---|---|---|---|"]
     for one in result["rows"]:
         for who, found in one["contestants"].items():
-            floor  = one["flops"] / one.get("peak_flops", result["rates"]["flops"])
+            floor  = one["flops"] / one.get("peak_flops", peak_of(result["rates"]))
             share  = f"{100 * floor / found['seconds']:.0f} %" if floor else ""
             ratio  = f"× {found['ratio']:.2f}" if "ratio" in found else ""
             ratio += f" ({one['rival']})" if ratio and one.get("rival", "diffusers") != "diffusers" else ""
@@ -772,7 +800,7 @@ def page(text: str) -> str:
 
 def parts(args: argparse.Namespace, clock: Clock, result: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """What can be measured: name → function → pairs of a list in the JSON and what belongs into it."""
-    device, quick, peak = args.device, args.quick, result["rates"]["flops"]
+    device, quick, peak = args.device, args.quick, peak_of(result["rates"])
     dtype  = getattr(torch, result["dtype"])
     flops  = {name: one["flops"] for name, one in result["counted"].items()}
     step   = flops["SD 1.5, one call with guidance"]
@@ -793,8 +821,9 @@ def parts(args: argparse.Namespace, clock: Clock, result: dict[str, Any]) -> dic
         pictures["pictures-xl"] = lambda: ("rows", [gpu_pictures("SDXL base", clock, dtype, 1, 30, 5, xl,
                                                                  peak)])
         return {**pictures, **common}
-    return {"step":    lambda: ("rows", cpu_steps(clock, rounds["step"], peak, step, quick)),
+    return {"step":    lambda: ("rows", on_a_cpu(one_step, clock, rounds["step"], peak, step, quick)),
             **common,
+            "decode":  lambda: ("rows", on_a_cpu(one_decode, clock, rounds["decode"], peak, decode, quick)),
             "changes": lambda: ("changes", changes(clock, 9)),
             "loading": lambda: ("rows", loading(args.folder, 3)),
             **({"original": lambda: ("rows", [original_step(clock, 6, peak, step, args.original)])}

@@ -46,10 +46,12 @@ def test_the_table_has_every_number():
                "bytes_exponents": {"between": [2], "overall": 2}}
     text = benchmark.tables("cpu", {
         "machine": dict.fromkeys(("device", "threads", "torch", "diffusers", "date", "clock"), "x"),
-        "dtype": "float32", "rates": {"flops": 1e12, "bytes": 1e9}, "spent": {"start": 7.0, "cold": 60.0},
+        "dtype": "float32", "rates": {"product": 5e11, "convolution": 1e12, "bytes": 1e9},
+        "spent": {"start": 7.0, "cold": 60.0},
         "rows": [row], "scaling": [scaling],
         "memory": [{"what": "step", "bytes": {"ldm": 1e9}}, {"what": "decode", "bytes": {"tiled": 2e9}}]})
-    for words in ("took 67 s", "images/scaling-cpu.svg",
+    for words in ("0.5 TFLOP/s in a matrix product, 1 in a convolution, 1 GB/s in a copy. The run took 67 s",
+                  "images/scaling-cpu.svg",
                   "| load | ldm | 1 (1 … 1) |  |  | 50 % | × 3.00, × 2.50 its float32 | 0.00 GB, × 1.03 the",
                   "| step | 1 GB |  |", "| decode |  | 2 GB |", "| steps | 1 | 0.5 |  | 7 MB |  |",
                   "| steps | 2 |  |  | 28 MB | 2.00 |", "| steps | all | | 1.25 | | 2.00 |"):
@@ -69,7 +71,7 @@ def test_the_tables_of_the_page_are_those_of_the_json():
 
 
 def test_what_is_quick_can_be_measured_and_the_original_where_it_is():
-    result = {"rates": {"flops": 1e12}, "dtype": "float32", "counted": {
+    result = {"rates": {"product": 1e12}, "dtype": "float32", "counted": {
         name: {"flops": 1.0} for name in ("SD 1.5, one call with guidance", "decode, 512 × 512")}}
     here = {"device": "cpu", "quick": True}
     known, more = ({*benchmark.parts(Namespace(**here, original=folder), Clock("cpu"), result)}

@@ -1,7 +1,7 @@
 """What ldm.fast makes gives what it was made from gives, to rounding; the judge is diffusers."""
 import gc
 import weakref
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +15,11 @@ from torch import nn
 import ldm
 from ldm import fast
 from ldm.fast import kernels, visits
-from ldm.models.layers import ResBlock, TransformerBlock
+from ldm.models.layers import Attention, ResBlock, TransformerBlock
 
 DTYPES = [pytest.param(torch.float64, 1e-10, id="float64"), pytest.param(torch.float32, 1e-5, id="float32")]
 EXACT  = {"prompt_once": fast.prompt_once, "in_place": fast.in_place, "packed": fast.packed,
-          "channels_last": fast.channels_last}
+          "channels_last": fast.channels_last, "unfused": fast.unfused}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,9 @@ def pipe(folder):
 
 @pytest.fixture
 def pack_all(monkeypatch):
-    """Tiny convolutions are packed too."""
+    """Tiny convolutions are packed too, and tiny attention is made in parts: some heads, or rows of one."""
     monkeypatch.setattr(kernels, "WIDE", 1)
+    monkeypatch.setattr(kernels, "SCORES", 1000)
 
 
 def inputs(config: dict, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
@@ -168,7 +169,7 @@ def test_a_prompt_is_forgotten_with_its_context():
     assert len(once.known) == 0
 
 
-@pytest.mark.parametrize("name", ["prompt_once", "in_place", "channels_last"])
+@pytest.mark.parametrize("name", ["prompt_once", "in_place", "channels_last", "unfused"])
 def test_gradients_are_the_same_as_often_as_wanted(name):
     _, unet = unet_pair(TINY_UNETS["SD 1.5"], torch.float64)
     quick, given = EXACT[name](unet), inputs(TINY_UNETS["SD 1.5"], torch.float64)[1]
@@ -219,7 +220,7 @@ def test_deep_cache_renews_the_outermost_layers_only(family, layers):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["in_place", "packed", "channels_last"])
+@pytest.mark.parametrize("name", ["in_place", "packed", "channels_last", "unfused"])
 def test_what_is_exact_goes_around_deep_cache_too(name, pack_all):
     _, ours = unet_pair(TINY_UNETS["SD 1.5"], torch.float32)
     given   = inputs(TINY_UNETS["SD 1.5"])[1]
@@ -326,6 +327,44 @@ def test_an_optimized_pipeline_makes_the_pictures_of_diffusers(pipe, pictures, p
     assert np.abs(ldm.sample(model=pipe, **CALL) - pictures).max() < 1e-4
     with pytest.raises(TypeError, match="a PromptOnce"):
         fast.optimize(quick)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_is_unfused_in_bfloat16_where_the_fused_one_is_slow(folder, dtype, amx, monkeypatch):
+    monkeypatch.setattr(fast, "_has_amx", lambda: amx)
+    pipe  = fast.optimize(ldm.load(folder, device="cpu", dtype=dtype))
+    kinds = {type(part) for part in pipe.unet.modules() if isinstance(part, Attention)}
+    assert kinds == {kernels.UnfusedAttention if dtype == "bfloat16" and not amx else Attention}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sharpness", [1, 3, 6])
+def test_unfused_attention_in_bfloat16_errs_little_more_than_fused(sharpness):
+    """Against float64. The scores have standard deviations of .3, 3 and 12: in the last, few keys decide."""
+    torch.manual_seed(0)
+    fused = Attention(64, 64, 2).to(torch.bfloat16)
+    fused.to_q.weight *= sharpness
+    fused.to_k.weight *= sharpness
+    x      = torch.randn(8, 256, 64).to(torch.bfloat16)
+    wanted = deepcopy(fused).double()(x.double())
+    errors = [(network(x) - wanted).square().mean().sqrt()
+              for network in (fast.unfused(nn.Sequential(fused)), fused)]
+    assert errors[0] < 2 * errors[1] < .02 * wanted.std()
+
+
+@torch.no_grad()
+def test_a_network_in_bfloat16_is_as_near_to_float32_with_unfused_attention():
+    """The embedded one, trained, at three levels of noise."""
+    exact, rough = (ldm.load(device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    given   = exact.condition(["a red circle above a blue square"], 256, 256).context
+    x       = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    quick   = fast.unfused(rough.unet)
+    for t in (100., 500., 900.):
+        wanted = exact.unet(x, torch.tensor(t), given)
+        errors = [(unet(x.bfloat16(), torch.tensor(t), given.bfloat16()) - wanted).square().mean().sqrt()
+                  for unet in (quick, rough.unet)]
+        assert errors[0] < 1.1 * errors[1] < .1
 
 
 def test_a_tiled_pipeline_makes_the_pictures_of_diffusers(pipe, pictures):

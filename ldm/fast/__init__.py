@@ -22,23 +22,26 @@ from torch import nn
 from ..models import UNet
 from ..pipeline import Pipeline
 from .caching import deep_cache
-from .kernels import channels_last, graphed, in_place, packed
+from .kernels import channels_last, graphed, in_place, packed, unfused
 from .prompts import prompt_once
 from .strips import tiled
 from .trees import rebuilt, replaced
 from .visits import offload
 
 __all__ = ["channels_last", "deep_cache", "graphed", "in_place", "offload", "optimize", "packed",
-           "prompt_once", "rebuilt", "replaced", "tiled"]
+           "prompt_once", "rebuilt", "replaced", "tiled", "unfused"]
 
 
 def optimize(pipeline: Pipeline, *, compile: bool = False) -> Pipeline:
     """The pipeline with all that is faster on its device and changes nothing but rounding; for inference.
 
-    On the CPU `packed`, `in_place` and `prompt_once`; on CUDA `channels_last`, `graphed` and `prompt_once`.
+    On the CPU `in_place`, `packed`, `channels_last` and `prompt_once`, and with bfloat16 `unfused`; on CUDA
+    `channels_last`, `graphed` and `prompt_once`. Convolutions get weights of their own, in another layout;
+    the old ones are freed with the old pipeline.
 
-    compile: put U-Net and decoder through torch.compile too, instead of `packed`. It takes minutes at the
-             first call, and again for each new size; it needs a C++ compiler, and Triton on CUDA.
+    compile: put U-Net and decoder through torch.compile too; on the CPU instead of `packed`, `channels_last`
+             and `unfused`. It takes minutes at the first call, and again for each new size; it needs a C++
+             compiler, and Triton on CUDA.
     """
     unet, vae = pipeline.unet, pipeline.vae
     if not isinstance(unet, UNet):
@@ -47,9 +50,17 @@ def optimize(pipeline: Pipeline, *, compile: bool = False) -> Pipeline:
     around: list[Any] = [torch.compile] * compile + [graphed] * (kind == "cuda")
     if kind == "cpu":
         unet = in_place(unet)
-        unet = unet if compile else packed(unet)            # the compiler cannot read packed weights
+        if not compile:                                     # the compiler cannot read packed weights
+            unet, vae = packed(channels_last(unet)), channels_last(vae)
+            if next(unet.parameters()).dtype == torch.bfloat16 and not _has_amx():
+                unet = unfused(unet)
     elif kind == "cuda":
         unet, vae = channels_last(unet), channels_last(vae)
     if compile:
         vae = replaced(vae, "decoder", cast(nn.Module, torch.compile(vae.decoder)))
     return replace(pipeline, unet=prompt_once(unet, *around), vae=vae)
+
+
+def _has_amx() -> bool:
+    """With AMX, PyTorch's fused attention packs its tiles, and needs no help. Old versions cannot tell."""
+    return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..models.layers import GEGLU
+from ..models.layers import GEGLU, Attention
 from .trees import Module, rebuilt, refuse_gradients
 
-WIDE = 1280 * 640 * 9       # weights of a 3×3 convolution from which `packed` gains
+WIDE   = 1280 * 640 * 9     # weights of a 3×3 convolution from which `packed` gains
+SCORES = 2**21              # of attention, computed at a time: in bfloat16 4 MB, which stay in the caches
 
 
 def in_place(module: Module) -> Module:
@@ -31,6 +32,39 @@ class _InPlaceGEGLU(GEGLU):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
         return F.gelu(gate).mul_(value)
+
+
+def unfused(module: Module) -> Module:
+    """A network whose attention is two matrix products and a softmax, some rows of the scores at a time.
+
+    For bfloat16 on CPUs with AVX512-BF16 and without AMX: there PyTorch's fused kernel multiplies small tiles
+    at a fraction of the rate of large products. It keeps its scores in float32; here they are rounded.
+    """
+    def rule(part: nn.Module) -> nn.Module | None:
+        if type(part) is not Attention:
+            return None
+        twin = copy(part)
+        twin.__class__ = UnfusedAttention
+        return twin
+    return rebuilt(module, rule)
+
+
+class UnfusedAttention(Attention):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)      # (N·H, L or S, d)
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        heads = max(1, SCORES // (q.shape[1] * k.shape[1]))                             # at a time
+        rows  = max(1, SCORES // (heads * k.shape[1]))
+        out   = torch.cat([torch.cat([_attend(some, k, v) for some in q.split(rows, 1)], 1)
+                           for q, k, v in zip(q.split(heads), k.split(heads), v.split(heads), strict=True)])
+        return cast(Tensor, self.to_out[0](out.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(QKᵀ/√d)·V; the root is taken within the product, before its rounding."""
+    scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -.5)
+    return scores.softmax(-1) @ v
 
 
 def packed(module: Module) -> Module:
