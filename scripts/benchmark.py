@@ -82,6 +82,11 @@ def machine(device: str, clock: str) -> dict[str, Any]:
             "date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
+def days(measured: str, today: str) -> str:
+    """The date of a JSON to which a part is added today: "first", or "first to last"."""
+    return " to ".join(sorted({measured[:10], today}))
+
+
 class Clock:
     """Seconds of a call; on CUDA all of its kernels are waited for."""
 
@@ -866,8 +871,7 @@ def main() -> int:
         result = json.loads(file.read_text("utf-8")) | {"counted": counts()}
         if differs := [key for key in here if key != "date" and here[key] != result["machine"][key]]:
             parser.error(f"{file.name} is of another machine ({', '.join(differs)}): give another --name")
-        first = result["machine"]["date"][:10]
-        result["machine"]["date"] = " to ".join(sorted({first, here["date"]}))
+        result["machine"]["date"] = days(result["machine"]["date"], here["date"])
     else:
         result = {"machine": here, "counted": counts(), "rates": {}, "spent": {"start": 0.0}}
     dtype = torch.float16 if args.device == "cuda" else torch.float32

@@ -302,8 +302,8 @@ def fine_tuning(pipe: ldm.Pipeline) -> None:
         for i, (colour, ground) in enumerate(rng.sample(others, 24)):
             moon(colour, ground, pipe.defaults.width, rng).save(pictures / f"{i:02}.png")
             (pictures / f"{i:02}.txt").write_text(f"a {colour} moon on a {ground} background")
-        subprocess.run([sys.executable, ROOT / "scripts/finetune.py", pictures, out, "--steps", "300"],
-                       check=True)
+        subprocess.run([sys.executable, ROOT / "scripts/finetune.py", pictures, out, "--steps", "300",
+                        "--offset", ".15"], check=True)
         shown  = [Image.open(pictures / f"{i:02}.png") for i in range(len(prompts))]
         drawn  = [ldm.sample(prompts, model, seed=0) for model in (pipe, ldm.load(out / "model"))]
         images.grid(small([*shown, *drawn[0], *drawn[1]]), len(prompts)).save(IMAGES / "fine_tuning.png")

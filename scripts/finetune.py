@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
+    parser.add_argument("--offset", type=float, default=0, help=(
+        "of the noise (training.offset_noise), as in the training of the model: .15 for the embedded one"))
     parser.add_argument("--dropped", type=float, default=.1, help="share of captions left empty")
     args = parser.parse_args()
 
@@ -72,7 +74,8 @@ def main() -> None:
         x0     = mean[chosen] + std[chosen] * normal()
         text   = training.drop_captions(texts[chosen], empty, args.dropped, generator)
         t      = training.sample_timesteps(args.batch, len(sigmas), generator=generator).to(mean.device)
-        return {"loss": training.denoising_loss(unet, x0, normal(), t, sigmas[t], text, pipe.prediction)}
+        noise  = training.offset_noise(normal(), args.offset, generator)
+        return {"loss": training.denoising_loss(unet, x0, noise, t, sigmas[t], text, pipe.prediction)}
 
     state = {"unet": unet, "ema": ema, "optimiser": optimiser}
     run(args.out / "training.pt", state, args.steps, args.rate, step, lambda i: "", every=50)

@@ -58,6 +58,12 @@ def test_the_table_has_every_number():
         assert words in text
 
 
+def test_the_date_of_a_table_spans_the_days_of_its_parts():
+    assert benchmark.days("2026-11-21", "2026-11-21") == "2026-11-21"
+    assert benchmark.days("2026-11-21", "2026-11-22") == "2026-11-21 to 2026-11-22"
+    assert benchmark.days("2026-11-21 to 2026-11-22", "2026-11-30") == "2026-11-21 to 2026-11-30"
+
+
 def test_a_page_keeps_its_words(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     page = "before\n<!-- table cuda -->\nold\n<!-- end -->\nafter\n"

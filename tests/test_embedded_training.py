@@ -202,18 +202,20 @@ def test_fine_tuning_on_a_folder(tmp_path):
 
 
 def test_fine_tuning_learns_each_picture_with_its_own_caption_and_writes_the_average(tmp_path, monkeypatch):
-    captions = {"red": "a red wall", "blue": "the sea"}
+    captions, means = {"red": "a red wall", "blue": "the sea"}, []
     for colour, text in captions.items():
         Image.new("RGB", (256, 256), colour).save(tmp_path / f"{colour}.png")
         (tmp_path / f"{colour}.txt").write_text(text)
     pipe, seen, loss = ldm.load(device="cpu"), [], fine_tuning.training.denoising_loss
     def watched(unet, x0, noise, t, sigma, text, prediction):
         seen.extend(zip(x0, text, strict=True))
+        means.extend(noise.mean((2, 3)).flatten())
         return loss(unet, x0, noise, t, sigma, text, prediction)
     monkeypatch.setattr(fine_tuning.training, "denoising_loss", watched)
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(tmp_path), str(tmp_path / "out"), "--steps", "3",
-                                      "--batch", "2", "--dropped", "0", "--rate", "1e-3"])
+                                      "--batch", "2", "--dropped", "0", "--rate", "1e-3", "--offset", "5"])
     fine_tuning.main()
+    assert 2 < torch.stack(means).std() < 10                # of 24; without an offset 1/32
     counts = dict.fromkeys(captions, 0)
     with torch.no_grad():
         for colour, text in captions.items():
