@@ -254,16 +254,16 @@ def of(dtype: torch.dtype) -> str:
     return ", bfloat16" if dtype == torch.bfloat16 else ""
 
 
-def optimized(unet: nn.Module, dtype: torch.dtype) -> Any:
+def optimized(unet: nn.Module) -> Any:
     """SD 1.5's U-Net as `ldm.fast.optimize` leaves it on a CPU."""
-    return fast.optimize(stand_in("SD 1.5", unet, vaes("cpu", dtype)[0])).unet
+    return fast.optimize(stand_in("SD 1.5", unet, nn.Linear(1, 1))).unet
 
 
 def one_step(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: float,
              quick: bool) -> dict[str, Any]:
     """quick: fewer contestants, and they warm up on a quarter of the picture."""
     ours, theirs = unets("SD 1.5", clock.device, dtype)
-    networks = {"diffusers": theirs, "ldm": ours, "ldm.fast": optimized(ours, dtype)}
+    networks = {"diffusers": theirs, "ldm": ours, "ldm.fast": optimized(ours)}
     if not quick:
         networks["ldm.fast, channels first"] = fast.prompt_once(fast.packed(fast.in_place(ours)))
 
@@ -281,7 +281,7 @@ def original_step(clock: Clock, rounds: int, peak: float, flops: float, folder: 
     with torch.device("meta"):
         ours = UNet(UNetConfig.from_hf(UNETS["SD 1.5"]))
     ours.load_state_dict(rename_ldm_unet(theirs.state_dict(), ours.state_dict()), assign=True)
-    quick = optimized(ours.eval(), torch.float32)
+    quick = optimized(ours.eval())
     x, t, context = unet_inputs("SD 1.5", 1, clock.device, torch.float32)[:3]
     calls = {"CompVis": lambda: theirs(x, timesteps=t.expand(len(x)), context=context),
              "ldm": lambda: ours(x, t, context), "ldm.fast": lambda: quick(x, t, context)}
@@ -306,15 +306,14 @@ def original_class(folder: Path) -> Any:
         sys.modules.update(ours)
 
 
-def on_a_cpu(measure: Callable[..., dict[str, Any]], clock: Clock, rounds: int, peak: float, flops: float,
-             quick: bool) -> list[dict[str, Any]]:
+def on_a_cpu(measure: Callable[..., dict[str, Any]], clock: Clock, rounds: int, rates: dict[str, float],
+             flops: float, quick: bool) -> list[dict[str, Any]]:
     """A step or a decode in float32; and in bfloat16, where the CPU knows it."""
-    rows = [measure(clock, torch.float32, rounds, peak, flops, quick)]
-    if not native_bfloat16():
+    rows = [measure(clock, torch.float32, rounds, peak_of(rates), flops, quick)]
+    if "bfloat16" not in rates:
         print("no rows in bfloat16: this CPU has neither avx512_bf16 nor amx_bf16, PyTorch would emulate it")
         return rows
-    peak = peak_of(rates(clock, torch.bfloat16))
-    rows.append(measure(clock, torch.bfloat16, rounds, peak, flops, quick) | {"peak_flops": peak})
+    rows.append(measure(clock, torch.bfloat16, rounds, rates["bfloat16"], flops, quick) | {"in": "bfloat16"})
     for one in rows[1]["contestants"].values():
         one["ratio_to_float32"] = rows[0]["contestants"]["diffusers"]["seconds"] / one["seconds"]
     return rows
@@ -360,7 +359,7 @@ def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
         y, at  = x.contiguous(memory_format=torch.channels_last), f"{width} channels, {side} × {side}"
         wide   = block.conv1.weight.numel() >= kernels.WIDE
         compare(f"packed: ResBlock, {at}", wide, lambda: block(x, e), lambda: pack(x, e))
-        compare(f"channels last: convolution, {at}", True, lambda: block.conv1(x), lambda: conv(y))
+        compare(f"channels last: convolution, {at}", not wide, lambda: block.conv1(x), lambda: conv(y))
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*(y.unflatten(-1, (8, -1)).transpose(1, 2) for y in (q, k, v)))
@@ -374,8 +373,6 @@ def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
                 lambda: attention(*(F.linear(tokens, one) for one in q)),
                 lambda: attention(*F.linear(tokens, q.flatten(0, 1)).chunk(3, dim=-1)))
 
-    for width, side in ((320, 64), (640, 32), (1280, 16), (1280, 8)):
-        residual(width, side)
     def unfused(width: int, side: int) -> None:
         block  = Attention(width, width, 8).to(torch.bfloat16)
         apart  = fast.unfused(nn.Sequential(block))[0]
@@ -383,6 +380,8 @@ def changes(clock: Clock, rounds: int) -> list[dict[str, Any]]:
         compare(f"unfused: self-attention, {width} channels, {side} × {side}, bfloat16", True,
                 lambda: block(tokens), lambda: apart(tokens))
 
+    for width, side in ((320, 64), (640, 32), (1280, 16), (1280, 8)):
+        residual(width, side)
     for width, side in ((320, 64), (640, 32), (1280, 16)):
         transformer(width, side)
         if native_bfloat16():
@@ -688,6 +687,7 @@ def tables(name: str, result: dict[str, Any]) -> str:
     """A result, and of which file, as Markdown."""
     m, rate     = result["machine"], result["rates"]
     convolution = f"{rate['convolution'] / 1e12:.3g} in a convolution, " if "convolution" in rate else ""
+    convolution += f"{rate['bfloat16'] / 1e12:.3g} in bfloat16 at best, " if "bfloat16" in rate else ""
     lines = [f"{m['device']}, {m['threads']} CPU threads, PyTorch {m['torch']}, diffusers {m['diffusers']}, "
              f"{m['date']}; clock {m['clock']}. {result['dtype']}; measured: "
              f"{rate['product'] / 1e12:.3g} TFLOP/s in a matrix product, {convolution}"
@@ -698,11 +698,12 @@ def tables(name: str, result: dict[str, Any]) -> str:
              "|---|---|---|---|---|---|---|---|"]
     for one in result["rows"]:
         for who, found in one["contestants"].items():
-            floor  = one["flops"] / one.get("peak_flops", peak_of(result["rates"]))
+            floor  = one["flops"] / (rate["bfloat16"] if one.get("in") == "bfloat16" else peak_of(rate))
             share  = f"{100 * floor / found['seconds']:.0f} %" if floor else ""
             ratio  = f"× {found['ratio']:.2f}" if "ratio" in found else ""
             ratio += f" ({one['rival']})" if ratio and one.get("rival", "diffusers") != "diffusers" else ""
-            ratio += f", × {found['ratio_to_float32']:.2f} its float32" if "ratio_to_float32" in found else ""
+            if "ratio_to_float32" in found:
+                ratio += f", × {found['ratio_to_float32']:.2f} diffusers' float32"
             memory = f"{found['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in found else ""
             memory += f", × {found['of_weights']:.2f} the weights" if "of_weights" in found else ""
             made   = f"{found['pictures_per_s']:.3g}" if "steps" in one["what"] else ""
@@ -805,7 +806,8 @@ def page(text: str) -> str:
 
 def parts(args: argparse.Namespace, clock: Clock, result: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """What can be measured: name → function → pairs of a list in the JSON and what belongs into it."""
-    device, quick, peak = args.device, args.quick, peak_of(result["rates"])
+    device, quick, rate = args.device, args.quick, result["rates"]
+    peak   = peak_of(rate)
     dtype  = getattr(torch, result["dtype"])
     flops  = {name: one["flops"] for name, one in result["counted"].items()}
     step   = flops["SD 1.5, one call with guidance"]
@@ -826,9 +828,9 @@ def parts(args: argparse.Namespace, clock: Clock, result: dict[str, Any]) -> dic
         pictures["pictures-xl"] = lambda: ("rows", [gpu_pictures("SDXL base", clock, dtype, 1, 30, 5, xl,
                                                                  peak)])
         return {**pictures, **common}
-    return {"step":    lambda: ("rows", on_a_cpu(one_step, clock, rounds["step"], peak, step, quick)),
+    return {"step":    lambda: ("rows", on_a_cpu(one_step, clock, rounds["step"], rate, step, quick)),
             **common,
-            "decode":  lambda: ("rows", on_a_cpu(one_decode, clock, rounds["decode"], peak, decode, quick)),
+            "decode":  lambda: ("rows", on_a_cpu(one_decode, clock, rounds["decode"], rate, decode, quick)),
             "changes": lambda: ("changes", changes(clock, 9)),
             "loading": lambda: ("rows", loading(args.folder, 3)),
             **({"original": lambda: ("rows", [original_step(clock, 6, peak, step, args.original)])}
@@ -876,6 +878,8 @@ def main() -> int:
         result = {"machine": here, "counted": counts(), "rates": {}, "spent": {"start": 0.0}}
     dtype = torch.float16 if args.device == "cuda" else torch.float32
     found = rates(clock, dtype)                                # the best of all runs: what the machine can
+    if args.device == "cpu" and native_bfloat16():
+        found["bfloat16"] = peak_of(rates(clock, torch.bfloat16))
     result["dtype"] = str(dtype).removeprefix("torch.")
     result["rates"] = {key: max(rate, result["rates"].get(key, 0)) for key, rate in found.items()}
     result["spent"]["start"] = time.perf_counter() - START

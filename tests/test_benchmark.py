@@ -38,7 +38,8 @@ def test_all_take_turns_and_each_goes_first():
 def test_the_table_has_every_number():
     row = benchmark.row("load", {"diffusers": [2.0, 4.0], "ldm": [1.0, 1.0]},
                         memory={"diffusers": 9, "ldm": 8})
-    row |= {"flops": 1e12, "peak_flops": 2e12}               # of another type: a floor of half a second
+    row  |= {"flops": 1e12, "in": "bfloat16"}                # a floor of half a second
+    other = benchmark.row("decode", {"ldm": [4.0]}) | {"flops": 1e12}       # of one: convolutions are faster
     row["contestants"]["ldm"] |= {"of_weights": 1.03, "ratio_to_float32": 2.5}
     scaling = {"what": "steps", "points": [{"at": 1, "seconds": 0.5, "bytes": 7e6},
                                            {"at": 2, "seconds": None, "bytes": 28e6}],
@@ -46,13 +47,15 @@ def test_the_table_has_every_number():
                "bytes_exponents": {"between": [2], "overall": 2}}
     text = benchmark.tables("cpu", {
         "machine": dict.fromkeys(("device", "threads", "torch", "diffusers", "date", "clock"), "x"),
-        "dtype": "float32", "rates": {"product": 5e11, "convolution": 1e12, "bytes": 1e9},
+        "dtype": "float32", "rates": {"product": 5e11, "convolution": 1e12, "bfloat16": 2e12, "bytes": 1e9},
         "spent": {"start": 7.0, "cold": 60.0},
-        "rows": [row], "scaling": [scaling],
+        "rows": [row, other], "scaling": [scaling],
         "memory": [{"what": "step", "bytes": {"ldm": 1e9}}, {"what": "decode", "bytes": {"tiled": 2e9}}]})
-    for words in ("0.5 TFLOP/s in a matrix product, 1 in a convolution, 1 GB/s in a copy. The run took 67 s",
+    for words in ("0.5 TFLOP/s in a matrix product, 1 in a convolution, 2 in bfloat16 at best, 1 GB/s in a",
+                  "The run took 67 s", "| decode | ldm | 4 (4 … 4) |  |  | 25 % |",
                   "images/scaling-cpu.svg",
-                  "| load | ldm | 1 (1 … 1) |  |  | 50 % | × 3.00, × 2.50 its float32 | 0.00 GB, × 1.03 the",
+                  "| load | ldm | 1 (1 … 1) |  |  | 50 % | × 3.00, × 2.50 diffusers' float32 | 0.00 GB",
+                  ", × 1.03 the weights |",
                   "| step | 1 GB |  |", "| decode |  | 2 GB |", "| steps | 1 | 0.5 |  | 7 MB |  |",
                   "| steps | 2 |  |  | 28 MB | 2.00 |", "| steps | all | | 1.25 | | 2.00 |"):
         assert words in text

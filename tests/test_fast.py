@@ -329,13 +329,37 @@ def test_an_optimized_pipeline_makes_the_pictures_of_diffusers(pipe, pictures, p
         fast.optimize(quick)
 
 
-@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("cpu", [{"avx512_bf16": True}, {"avx512_bf16": True, "amx_bf16": True}, {}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_attention_is_unfused_in_bfloat16_where_the_fused_one_is_slow(folder, dtype, amx, monkeypatch):
-    monkeypatch.setattr(fast, "_has_amx", lambda: amx)
+def test_attention_is_unfused_in_bfloat16_where_the_fused_one_is_slow(folder, dtype, cpu, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
     pipe  = fast.optimize(ldm.load(folder, device="cpu", dtype=dtype))
     kinds = {type(part) for part in pipe.unet.modules() if isinstance(part, Attention)}
-    assert kinds == {kernels.UnfusedAttention if dtype == "bfloat16" and not amx else Attention}
+    slow  = dtype == "bfloat16" and cpu == {"avx512_bf16": True}
+    assert kinds == {kernels.UnfusedAttention if slow else Attention}
+
+
+def test_an_optimized_pipeline_has_its_channels_last(pipe):
+    quick = fast.optimize(pipe)
+    for before, after in ((pipe.unet, quick.unet), (pipe.vae, quick.vae)):
+        wide = [[part.weight for part in network.modules() if getattr(part, "kernel_size", 0) == (3, 3)]
+                for network in (before, after)]
+        assert len(wide[0]) == len(wide[1]) > 10
+        assert not any(weight.is_contiguous(memory_format=torch.channels_last) for weight in wide[0])
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in wide[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 64, 8, 8), (1, 64, 33, 7)])
+def test_norms_with_the_channels_last_know_small_variances(shape):
+    """PyTorch's own err by .01 and more here, where means are a hundred standard deviations and more."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(8, 64)
+    x    = torch.randn(shape) + 100 * torch.arange(1, 9).repeat_interleave(8)[:, None, None]
+    x    = x.contiguous(memory_format=torch.channels_last)
+    quick, wanted = fast.channels_last(nn.Sequential(norm)), deepcopy(norm).double()(x.double())
+    assert relative(quick(x), wanted) < 1e-5
+    assert quick(x).is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

@@ -35,9 +35,9 @@ __all__ = ["channels_last", "deep_cache", "graphed", "in_place", "offload", "opt
 def optimize(pipeline: Pipeline, *, compile: bool = False) -> Pipeline:
     """The pipeline with all that is faster on its device and changes nothing but rounding; for inference.
 
-    On the CPU `in_place`, `packed`, `channels_last` and `prompt_once`, and with bfloat16 `unfused`; on CUDA
-    `channels_last`, `graphed` and `prompt_once`. Convolutions get weights of their own, in another layout;
-    the old ones are freed with the old pipeline.
+    On the CPU `in_place`, `packed`, `channels_last` and `prompt_once`, and `unfused` in bfloat16 with
+    AVX512-BF16 and no AMX; on CUDA `channels_last`, `graphed` and `prompt_once`. `packed` and `channels_last`
+    copy the weights of convolutions; the old ones are freed with the old pipeline.
 
     compile: put U-Net and decoder through torch.compile too; on the CPU instead of `packed`, `channels_last`
              and `unfused`. It takes minutes at the first call, and again for each new size; it needs a C++
@@ -51,8 +51,8 @@ def optimize(pipeline: Pipeline, *, compile: bool = False) -> Pipeline:
     if kind == "cpu":
         unet = in_place(unet)
         if not compile:                                     # the compiler cannot read packed weights
-            unet, vae = packed(channels_last(unet)), channels_last(vae)
-            if next(unet.parameters()).dtype == torch.bfloat16 and not _has_amx():
+            unet, vae = channels_last(packed(unet)), channels_last(vae)
+            if next(unet.parameters()).dtype == torch.bfloat16 and _attends_slowly():
                 unet = unfused(unet)
     elif kind == "cuda":
         unet, vae = channels_last(unet), channels_last(vae)
@@ -61,6 +61,9 @@ def optimize(pipeline: Pipeline, *, compile: bool = False) -> Pipeline:
     return replace(pipeline, unet=prompt_once(unet, *around), vae=vae)
 
 
-def _has_amx() -> bool:
-    """With AMX, PyTorch's fused attention packs its tiles, and needs no help. Old versions cannot tell."""
-    return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+def _attends_slowly() -> bool:
+    """Whether `unfused` helps on this CPU. Older versions of PyTorch cannot tell."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") and not can.get("amx_bf16"))

@@ -100,8 +100,13 @@ class PackedConv(nn.Module):
 
 
 def channels_last(module: Module) -> Module:
-    """A network whose 4-D weights lie with the channels last, as the tensor cores of a GPU read them."""
+    """A network whose 4-D weights lie with the channels last, as a GPU's tensor cores and some CPUs read them
+    faster. They are copies, with memory of their own."""
     def rule(part: nn.Module) -> nn.Module | None:
+        if type(part) is nn.GroupNorm:
+            norm = copy(part)
+            norm.__class__ = CentredGroupNorm
+            return norm
         if not isinstance(part, nn.Conv2d):
             return None
         conv   = copy(part)
@@ -109,6 +114,18 @@ def channels_last(module: Module) -> Module:
         conv._parameters = {**part._parameters, "weight": nn.Parameter(weight, part.weight.requires_grad)}
         return conv
     return rebuilt(module, rule)
+
+
+class CentredGroupNorm(nn.GroupNorm):
+    """For channels last on a CPU, where PyTorch takes the variance as E[x²] − E[x]², which loses it when the
+    mean is large beside it. Each group is moved near a mean of 0 first, by that of every eighth pixel of each
+    eighth row, which costs little and changes no norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.ndim == 4:
+            means = x[:, :, ::8, ::8].unflatten(1, (self.num_groups, -1)).mean((2, 3, 4))           # (N, G)
+            x     = x - means.repeat_interleave(x.shape[1] // self.num_groups, dim=1)[:, :, None, None]
+        return super().forward(x)
 
 
 def graphed(network: nn.Module) -> nn.Module:

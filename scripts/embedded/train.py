@@ -134,8 +134,8 @@ def write_recipe(args: argparse.Namespace) -> None:
     machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else \
         f"{args.threads * WORLD} threads of a {platform.machine()} CPU shared with other work"
     recipe = {"size": args.size, "scenes": args.scenes, "batch": args.batch * WORLD, "rate": args.rate,
-              "noisy": args.noisy, "arithmetic": train_unet.arithmetic(args.device), "machine": machine,
-              "date": time.strftime("%Y-%m-%d"),
+              "noisy": args.noisy, "machine": machine, "date": time.strftime("%Y-%m-%d"),
+              "arithmetic": "bfloat16 (autocast)" if train_unet.in_bfloat16(args.device) else "float32",
               "commit": commit.stdout.strip() or "not yet committed", "torch": torch.__version__}
     (args.out / "unet.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
@@ -180,18 +180,17 @@ nine places, and the relations above, below, left and right. It knows nothing el
 - text encoder (CLIP): {text}; trained first to say what a caption describes, then frozen
 
 ## Training
-{date}, on {machine}, in {arithmetic}, torch {torch},
-commit {commit}; {scenes} scenes, all seeds fixed in the scripts.
+{date}, on {machine}, torch {torch}, commit {commit}; {scenes} scenes, all seeds fixed in the scripts.
 
 | stage | steps | minutes |
 |---|---|---|
 {rows}
 
-U-Net: batches of {batch}, AdamW at {rate:g}, an exponential moving average of the weights (these are the ones
-here), {noisy:.0%} of the timesteps from the noisiest fifth alone, {dropped:.0%} of the captions empty;
-the noise with an offset of {offset:g} (`training.offset_noise`). Scenes of a single thing are drawn more
-often, below timestep {visible} those with something small, too (`emphasis`). Half of the scenes may have
-other shapes than the eight ({more}):
+U-Net: in {arithmetic}, batches of {batch}, AdamW at {rate:g}, an exponential moving average of the
+weights (these are the ones here), {noisy:.0%} of the timesteps from the noisiest fifth alone, {dropped:.0%}
+of the captions empty; the noise with an offset of {offset:g} (`training.offset_noise`). Scenes of a single
+thing are drawn more often, below timestep {visible} those with something small, too (`emphasis`). Half of the
+scenes may have other shapes than the eight ({more}):
 for variety, nothing here measures how well they are drawn.
 {notes}
 ## Measured

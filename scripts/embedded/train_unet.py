@@ -88,9 +88,9 @@ def choose(t: Tensor, visible: Tensor, hidden: Tensor, generator: torch.Generato
                                       for w in (visible, hidden)))
 
 
-def arithmetic(device: str) -> str:
-    """What products are computed in: bfloat16 where the machine has instructions for it."""
-    return "bfloat16 (autocast)" if device.startswith("cuda") or native_bfloat16() else "float32"
+def in_bfloat16(device: str) -> bool:
+    """Whether products are computed in it: where the machine has instructions for it. Weights are float32."""
+    return device.startswith("cuda") or native_bfloat16()
 
 
 def new_optimiser(unet: UNet) -> torch.optim.AdamW:
@@ -113,7 +113,7 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, b
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(out / "text_encoder").to(device).eval()
     unet = unet.to(device, memory_format=torch.channels_last)
-    on_gpu = device.startswith("cuda")
+    on_gpu, rough = device.startswith("cuda"), in_bfloat16(device)
     network = torch.compile(unet) if on_gpu else unet
     ema = training.EMA(unet, EMA_DECAY)
     optimiser = new_optimiser(unet)
@@ -138,7 +138,7 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, b
         text = training.drop_captions(text, empty, DROPPED, generator)
         noise = torch.randn(x0.shape, generator=generator)
         noise = training.offset_noise(noise, OFFSET, generator).to(device)
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=arithmetic(device) != "float32"):
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=rough):
             loss = training.denoising_loss(network, x0, noise, t.to(device), sigmas[t].to(device), text,
                                            "v_prediction")
         return {"loss": loss}
