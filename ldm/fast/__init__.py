@@ -3,8 +3,9 @@
     pipeline = ldm.fast.optimize(ldm.load("…"))
 
 Nothing imports this package, and the networks know nothing of it. No function changes its argument: it
-returns a new tree of modules over the same weights. Unless its docstring says otherwise, results are equal to
-rounding. What each gains, and what was tried and gained nothing, is in docs/speed.md.
+returns a new tree of modules over the same weights, or copies in another layout. Unless its docstring says
+otherwise, results are equal to rounding. What each gains, and what was tried and gained nothing, is in
+docs/speed.md.
 
     trees     the same weights in another tree: what all the others are made with
     prompts   a prompt's keys and values once a run
