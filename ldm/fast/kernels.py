@@ -101,7 +101,7 @@ class PackedConv(nn.Module):
 
 def channels_last(module: Module) -> Module:
     """A network whose 4-D weights lie with the channels last, as a GPU's tensor cores and some CPUs read them
-    faster. They are copies, with memory of their own. On a CPU its norms are `CentredGroupNorm`s."""
+    faster. They are copies, with memory of their own. Its norms are of `CentredGroupNorm`."""
     def rule(part: nn.Module) -> nn.Module | None:
         if type(part) is nn.GroupNorm:
             norm = copy(part)
