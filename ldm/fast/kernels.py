@@ -20,12 +20,15 @@ def in_place(module: Module) -> Module:
     On a CPU a fresh large tensor costs more than the arithmetic on it: its pages must be mapped and zeroed.
     """
     def rule(part: nn.Module) -> nn.Module | None:
-        if type(part) is not GEGLU:
-            return None
-        twin = copy(part)
-        twin.__class__ = _InPlaceGEGLU
-        return twin
+        return _as(_InPlaceGEGLU, part) if type(part) is GEGLU else None
     return rebuilt(module, rule)
+
+
+def _as(kind: type[nn.Module], part: nn.Module) -> nn.Module:
+    """The same layer, over the same weights, with the forward of a subclass."""
+    twin = copy(part)
+    twin.__class__ = kind
+    return twin
 
 
 class _InPlaceGEGLU(GEGLU):
@@ -41,11 +44,7 @@ def unfused(module: Module) -> Module:
     at a fraction of the rate of large products. It keeps its scores in float32; here they are rounded.
     """
     def rule(part: nn.Module) -> nn.Module | None:
-        if type(part) is not Attention:
-            return None
-        twin = copy(part)
-        twin.__class__ = UnfusedAttention
-        return twin
+        return _as(UnfusedAttention, part) if type(part) is Attention else None
     return rebuilt(module, rule)
 
 
@@ -104,9 +103,7 @@ def channels_last(module: Module) -> Module:
     faster. They are copies, with memory of their own. Its norms are of `CentredGroupNorm`."""
     def rule(part: nn.Module) -> nn.Module | None:
         if type(part) is nn.GroupNorm:
-            norm = copy(part)
-            norm.__class__ = CentredGroupNorm
-            return norm
+            return _as(CentredGroupNorm, part)
         if not isinstance(part, nn.Conv2d):
             return None
         conv   = copy(part)
