@@ -64,6 +64,9 @@ def main() -> None:
     parser.add_argument("--noisy", type=float, default=.3, metavar="SHARE",
                         help="of the U-Net's timesteps, from the noisiest fifth alone: .3 until layouts are\n"
                              "learned, then 0, for outlines are decided at less noise")
+    parser.add_argument("--clear", type=float, default=0, metavar="SHARE",
+                        help="of its timesteps, from the clearest two fifths alone: .5 when layouts\n"
+                             "are learned")
     parser.add_argument("--seed", type=int, default=0, help="of the U-Net's samples; a new one to train on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -93,7 +96,7 @@ def main() -> None:
                 steps, size = args.unet_steps, args.size
                 once(lambda: write_recipe(args))
             train_unet.train(path, unet, vae, steps, args.scenes, size, args.batch, args.rate,
-                             args.noisy, args.seed, args.device)
+                             args.noisy, args.clear, args.seed, args.device)
         elif stage == "polish":
             train_vae.polish(args.out, args.polish_steps, args.size, args.device)
         else:
@@ -134,7 +137,7 @@ def write_recipe(args: argparse.Namespace) -> None:
     machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else \
         f"{args.threads * WORLD} threads of a {platform.machine()} CPU shared with other work"
     recipe = {"size": args.size, "scenes": args.scenes, "batch": args.batch * WORLD, "rate": args.rate,
-              "noisy": args.noisy, "machine": machine, "date": time.strftime("%Y-%m-%d"),
+              "noisy": args.noisy, "clear": args.clear, "machine": machine, "date": time.strftime("%Y-%m-%d"),
               "arithmetic": "bfloat16 (autocast)" if train_unet.in_bfloat16(args.device) else "float32",
               "commit": commit.stdout.strip() or "not yet committed", "torch": torch.__version__}
     (args.out / "unet.json").write_text(json.dumps(recipe, indent=1) + "\n")
@@ -187,10 +190,10 @@ nine places, and the relations above, below, left and right. It knows nothing el
 {rows}
 
 U-Net: in {arithmetic}, batches of {batch}, AdamW at {rate:g}, an exponential moving average of the
-weights (these are the ones here), {noisy:.0%} of the timesteps from the noisiest fifth alone, {dropped:.0%}
-of the captions empty; the noise with an offset of {offset:g} (`training.offset_noise`). Scenes of a single
-thing are drawn more often, below timestep {visible} those with something small, too (`emphasis`). Half of the
-scenes may have other shapes than the eight ({more}):
+weights (these are the ones here), {noisy:.0%} of the timesteps from the noisiest fifth alone and {clear:.0%}
+from the clearest two fifths, {dropped:.0%} of the captions empty; the noise with an offset of {offset:g}
+(`training.offset_noise`). Scenes of a single thing are drawn more often, below timestep {visible} those with
+something small, too (`emphasis`). Half of the scenes may have other shapes than the eight ({more}):
 for variety, nothing here measures how well they are drawn.
 {notes}
 ## Measured

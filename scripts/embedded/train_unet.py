@@ -2,10 +2,10 @@
 comes by; first its inner levels, on pictures of half the size (`grow.py`).
 
 v-prediction with a uniform weight; more timesteps than one in five are drawn from the noisiest fifth, where
-the layout is decided, until it is learned. The noise has an offset, for sampling begins with noise alone
-(`training.offset_noise`). Half of the scenes may have `MORE_SHAPES`, so that no colour goes without a large
-part of all shapes, nor a shape without a large part of the colours: that is how combinations never seen stay
-possible.
+the layout is decided, until it is learned; and then more from the clearest two fifths, where outlines are.
+The noise has an offset, for sampling begins with noise alone (`training.offset_noise`). Half of the scenes
+may have `MORE_SHAPES`, so that no colour goes without a large part of all shapes, nor a shape without a large
+part of the colours: that is how combinations never seen stay possible.
 """
 
 from pathlib import Path
@@ -30,6 +30,7 @@ from ldm.schedulers import dpm_solver_pp
 INNER = UNetConfig(channels=(64, 128, 192), layers=1, depth=(1, 1, 1), heads=(4, 4, 4), groups=8,
                    context_dim=128)
 EMA_DECAY = .998
+CLEAR = 400                     # the clearest two fifths of the timesteps are those below
 VISIBLE = 600                   # below this timestep the noise does not hide how large a thing is
 DROPPED = .1                    # captions replaced by the empty one
 OFFSET = .15                    # of the noise; white latents have means of up to .12 at the last timestep
@@ -104,9 +105,10 @@ def averaged(path: Path, unet: UNet) -> UNet:
 
 
 def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, batch: int, rate: float,
-          noisy: float, seed: int, device: str) -> None:
+          noisy: float, clear: float, seed: int, device: str) -> None:
     """Trains to `path`, a checkpoint, on `batch` pictures a step and process; `rate` is the highest learning
-    rate, `noisy` the share of timesteps from the noisiest fifth alone, `seed` decides what is drawn."""
+    rate, `noisy` the share of timesteps from the noisiest fifth alone, `clear` that of
+    those from below `CLEAR` alone; `seed` decides what is drawn."""
     out = path.parent
     once(lambda: encode_scenes(vae, out, count, size, device))
     latents = torch.load(out / f"latents_{size}.pt", weights_only=True)[:count]
@@ -132,6 +134,7 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, b
         number = 1_000_000 * (1000 * seed + size) + draw(i)     # other samples at each seed and size
         generator, rng = torch.Generator().manual_seed(number), Random(30_000_000 + number)
         t = training.sample_timesteps(batch, noisy_share=noisy, generator=generator)
+        t = torch.where(torch.rand(batch, generator=generator) < clear, t * CLEAR // 1000, t)
         chosen = choose(t, *weights, generator)
         x0 = latents[chosen].float().to(device)
         text = states([caption(forget(all_scenes[k], rng), rng) for k in chosen.tolist()])

@@ -286,10 +286,10 @@ def forget(scene: Scene, rng: Random) -> Scene:
 def caption(scene: Scene, rng: Random) -> str:
     """The scene in words; leaves sizes, textures, places and the background out at random.
 
-    What is left unsaid has a most likely meaning, right in four of five cases: a white background, the middle
-    of the picture, a medium thing. Two things without an order are named as one reads, from left to right and
-    from top to bottom. (Named in any order, either thing is as likely in either place, and a model may
-    decide for the same one in both.)
+    What is left unsaid has a meaning: always a plain white background (before a white thing, some other), and
+    in four of five cases the middle of the picture and a medium thing. Two things without an order are named
+    as one reads, from left to right and from top to bottom. (Named in any order, either thing is as likely in
+    either place, and a model may decide for the same one in both.)
     """
     phrases = [_phrase(thing, rng) for thing in scene.things]
     order = rng.sample(range(len(phrases)), len(phrases))
@@ -364,7 +364,9 @@ def _together(first: Thing, second: Thing, a: str, b: str, rng: Random) -> str:
 
 
 def _background(scene: Scene, rng: Random) -> str:
-    if rng.random() < (.6 if scene.background == "white" else .02):
+    white_things = any(thing.colour == "white" for thing in scene.things)
+    unsaid = .2 if white_things else .6 if scene.background == "white" else 0
+    if scene.backdrop == "plain" and rng.random() < unsaid:
         return ""
     words = [rng.choice(COLOUR_WORDS.get(scene.background, (scene.background,)))]
     if scene.backdrop in ("striped", "dotted"):
