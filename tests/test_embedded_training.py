@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ sys.path += [str(Path(__file__).resolve().parents[1] / "scripts" / folder) for f
 import common
 import finetune as fine_tuning
 import train_unet
+import train_vae
+import world
+from export import load_vae
 from grow import grow
 from world import Scene, Thing
 
@@ -248,3 +252,40 @@ def test_single_things_are_drawn_more_often_and_small_ones_once_their_size_is_vi
     for part, weight in zip(chosen.chunk(2), weights, strict=True):
         share = torch.bincount(part, minlength=5) / 40_000
         torch.testing.assert_close(share, weight / weight.sum(), atol=.01, rtol=0)
+
+
+def test_timesteps_are_more_often_noisy_or_clear_where_that_is_asked():
+    def shares(noisy, clear):
+        t = train_unet.timesteps(100_000, noisy, clear, torch.Generator().manual_seed(0))
+        return [float(part.float().mean()) for part in (t < 200, t < train_unet.CLEAR, t >= 800)]
+    assert shares(0, 0) == pytest.approx([.2, .4, .2], abs=.005)
+    assert shares(0, .5) == pytest.approx([.5 * .2 + .5 * .5, .5 * .4 + .5, .5 * .2], abs=.005)
+    assert shares(.5, 0) == pytest.approx([.1, .2, .5 + .1], abs=.005)
+
+
+def test_a_window_holds_the_middle_of_a_thing_and_the_same_part_of_picture_and_latents():
+    rng = Random(0)
+    for place in (0, 1, 2):
+        x, y = world.GRID[place], world.GRID[2 - place]
+        thing   = Thing("blue", "star", "small", "plain", (place, 2 - place), x, y, .12)
+        corners = [train_vae.window(thing, rng) for _ in range(50)]
+        assert all(left <= x < left + .5 and top <= y < top + .5 for left, top in corners)
+        assert len(set(corners)) > 5
+    latents = torch.arange(32.).expand(1, 32, 32)                               # each column has its number
+    pixels  = latents.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    for corner in corners:
+        part, seen = (train_vae.window_of(a, corner) for a in (latents, pixels))
+        assert part.shape == (1, 16, 16)
+        torch.testing.assert_close(part.repeat_interleave(8, 1).repeat_interleave(8, 2), seen)
+
+
+def test_polishing_trains_the_decoder_alone(tmp_path):
+    shutil.copytree(Path(ldm.__file__).parent / "assets/shapes/vae", tmp_path / "vae")
+    before = load_vae(tmp_path / "vae").state_dict()
+    train_vae.polish(tmp_path, steps=2, scenes=4, size=64, device="cpu")
+    after = load_vae(tmp_path / "vae")
+    changed = {name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert "decoder.conv_in.weight" in changed
+    assert not [name for name in changed if name.startswith(("encoder", "quant_conv"))]
+    assert torch.load(tmp_path / "latents_64.pt", weights_only=True).shape == (4, 4, 8, 8)
+    assert torch.load(tmp_path / "polish.pt", weights_only=True)["step"] == 2

@@ -3,7 +3,8 @@
 Of what `scripts/evaluate.py` finds wrong, how much can the U-Net not be blamed for? In the same scenes, the
 share that is right
 - when the checker reads the rendered scene itself: errors of the checker;
-- when the scene goes through the autoencoder first: what its latents cannot hold;
+- when the scene goes through the autoencoder first: what its latents cannot hold; also with latents a fifth
+  too weak or too strong, as guidance may leave them;
 - when a small reader says what the caption means. It looks once at the states of the text encoder, as a
   cross-attention does, and was trained on captions of the combinations that the training set has. If it fails
   on the others, the states do not say what the caption says.
@@ -33,14 +34,15 @@ ASKED = "shape", "colour"
 
 
 @torch.no_grad()
-def seen_right(pipe: ldm.Pipeline, scenes: list[Scene], encode: bool) -> float:
-    """The share of scenes whose picture, or what the autoencoder makes of it, the checker reads rightly."""
+def seen_right(pipe: ldm.Pipeline, scenes: list[Scene], strength: float | None) -> float:
+    """The share of scenes whose picture, or what the autoencoder makes of it with latents times `strength`,
+    the checker reads rightly."""
     right = 0
     for i in range(0, len(scenes), 10):
         part = scenes[i:i + 10]
         x = pixels(part, pipe.defaults.height)
-        if encode:
-            x = pipe.vae.decode(pipe.vae.encode(x)[0])
+        if strength is not None:
+            x = pipe.vae.decode(strength * pipe.vae.encode(x)[0])
         for scene, image in zip(part, images.to_pil(images.to_unit(x)), strict=True):
             found = judge(scene, read(image))
             right += found["colour and shape" if len(scene.things) == 1 else "both things"]
@@ -102,8 +104,10 @@ def main() -> None:
     for kind, (things, unseen) in KINDS.items():
         scenes = scenes_of(kind, args.count, seed=1_000_003)
         spoken = plain_scenes(Random(2), args.count, things, unseen)
-        for name, share in (("the checker, on the rendered scene", seen_right(pipe, scenes, encode=False)),
-                            ("through the autoencoder", seen_right(pipe, scenes, encode=True)),
+        for name, share in (("the checker, on the rendered scene", seen_right(pipe, scenes, None)),
+                            ("through the autoencoder", seen_right(pipe, scenes, 1.)),
+                            ("its latents a fifth too weak", seen_right(pipe, scenes, .8)),
+                            ("its latents a fifth too strong", seen_right(pipe, scenes, 1.2)),
                             ("the text encoder, read by a small reader", read_right(pipe, reader, spoken))):
             rows.setdefault(name, []).append(share)
     print("| at best | " + " | ".join(KINDS) + " |\n|---|" + "---|" * len(KINDS))

@@ -98,7 +98,7 @@ def main() -> None:
             train_unet.train(path, unet, vae, steps, args.scenes, size, args.batch, args.rate,
                              args.noisy, args.clear, args.seed, args.device)
         elif stage == "polish":
-            train_vae.polish(args.out, args.polish_steps, args.size, args.device)
+            train_vae.polish(args.out, args.polish_steps, args.scenes, args.size, args.device)
         else:
             once(lambda: export_model(args))
 

@@ -82,6 +82,12 @@ def emphasis(scene: Scene, visible: bool) -> float:
     return (3. - len(scene.things)) * (5. if small & {"star", "cross"} else 2. if small else 1.)
 
 
+def timesteps(count: int, noisy: float, clear: float, generator: torch.Generator) -> Tensor:
+    """Uniform, but for a share `clear` below CLEAR, and of the others `noisy` in the noisiest fifth."""
+    t = training.sample_timesteps(count, noisy_share=noisy, generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < clear, t * CLEAR // 1000, t)
+
+
 def choose(t: Tensor, visible: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """The number of a scene for each timestep, by their weights where sizes are visible, and by others where
     they are not, for there what a caption leaves unsaid has to keep its share."""
@@ -133,8 +139,7 @@ def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, b
     def step(i: int) -> dict[str, Tensor]:
         number = 1_000_000 * (1000 * seed + size) + draw(i)     # other samples at each seed and size
         generator, rng = torch.Generator().manual_seed(number), Random(30_000_000 + number)
-        t = training.sample_timesteps(batch, noisy_share=noisy, generator=generator)
-        t = torch.where(torch.rand(batch, generator=generator) < clear, t * CLEAR // 1000, t)
+        t = timesteps(batch, noisy, clear, generator)
         chosen = choose(t, *weights, generator)
         x0 = latents[chosen].float().to(device)
         text = states([caption(forget(all_scenes[k], rng), rng) for k in chosen.tolist()])

@@ -15,7 +15,8 @@ import torch
 from common import draw, once, pixels, run, sheet
 from export import load_vae
 from torch import Tensor
-from world import random_scene
+from train_unet import emphasis, encode_scenes, training_scene
+from world import Thing, random_scene
 
 from ldm.models.vae import VAE, VAEConfig
 from ldm.weights import write_network
@@ -26,6 +27,9 @@ TESTS = 90_000_000         # the seed of the scenes that are measured; no step t
 KL_WEIGHT = 2e-5
 CROPPED = .4                    # share of the steps with crops
 NOISE = .04               # on the latents, in their standard deviations: the U-Net's will not be exact either
+ROUGH = .2                      # the same when the decoder is trained alone, the most of it
+STRENGTH = .1                   # and the standard deviation of the factor by which latents are too large then
+WINDOWS = .75                   # share of its steps with windows
 
 
 def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
@@ -86,14 +90,34 @@ def save_scaled(vae: VAE, folder: Path, size: int) -> None:
     print(f"scaling factor {factor}", flush=True)
 
 
+def window(thing: Thing, rng: Random, side: int = 32) -> tuple[float, float]:
+    """The left and upper edge of a window around the thing, half as wide as the picture, in fractions of it;
+    multiples of 1 / `side`, for latents are windowed, too."""
+    return tuple(min(max(int(side * (c - .25)) + rng.randint(-3, 3), 0), side // 2) / side
+                 for c in (thing.x, thing.y))
 
-def polish(out: Path, steps: int, size: int, device: str) -> None:
-    """Trains the decoder alone, on the latents of whole pictures and a little noise."""
+
+def window_of(picture: Tensor, corner: tuple[float, float]) -> Tensor:
+    """What of a picture or its latents (C, side, side) lies in the window."""
+    left, top = (int(c * picture.shape[-1]) for c in corner)
+    half = picture.shape[-1] // 2
+    return picture[:, top:top + half, left:left + half]
+
+
+def polish(out: Path, steps: int, scenes: int, size: int, device: str) -> None:
+    """Trains the decoder alone, on latents of the U-Net's training scenes, made wrong as the U-Net's may be:
+    with noise, and too strong or too weak, as guidance leaves them.
+
+    It begins with windows around things: most of a picture is background, which is soon right.
+    """
     vae = load_vae(out / "vae").to(device, memory_format=torch.channels_last)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(.9, .99), weight_decay=.01)
+    once(lambda: encode_scenes(vae, out, scenes, size, device))
+    latents = torch.load(out / f"latents_{size}.pt", weights_only=True)[:scenes]
+    weights = torch.tensor([emphasis(training_scene(k), True) for k in range(scenes)])
     rng = Random(TESTS)
     test = pixels([random_scene(rng) for _ in range(32)], size).to(device)
     with torch.no_grad():
@@ -101,12 +125,19 @@ def polish(out: Path, steps: int, size: int, device: str) -> None:
 
     def step(i: int) -> dict[str, Tensor]:
         rng, generator = Random(40_000_000 + draw(i)), torch.Generator().manual_seed(draw(i))
-        images = pixels([random_scene(rng) for _ in range(BATCH // 2)], size)
-        images = images.to(device, memory_format=torch.channels_last)
-        with torch.no_grad():
-            z = vae.encode(images)[0]
-        z = z + NOISE * torch.randn(z.shape, generator=generator).to(device)
-        return {"loss": reconstruction_loss(vae.decode(z), images)}
+        cropped = i < WINDOWS * steps
+        chosen = torch.multinomial(weights, BATCH if cropped else BATCH // 2, True, generator=generator)
+        scenes = [training_scene(k) for k in chosen.tolist()]
+        images, z = pixels(scenes, size), latents[chosen].float()
+        if cropped:
+            corners = [window(rng.choice(scene.things), rng, z.shape[-1]) for scene in scenes]
+            z, images = (torch.stack([window_of(a, corner) for a, corner in zip(whole, corners, strict=True)])
+                         for whole in (z, images))
+        each   = (len(z), 1, 1, 1)
+        factor = 1 + STRENGTH * torch.randn(each, generator=generator)
+        amount = ROUGH * torch.rand(each, generator=generator)
+        z = factor * z + amount * torch.randn(z.shape, generator=generator)
+        return {"loss": reconstruction_loss(vae.decode(z.to(device)), images.to(device))}
 
     @torch.no_grad()
     def report(_: int) -> str:
