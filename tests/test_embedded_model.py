@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "embedd
 
 import checker
 import limits
-from world import COLOURS, SHAPES, render
+from world import COLOURS, SHAPES, Scene, Thing, render
 
 FOLDER = Path(ldm.__file__).parent / "assets" / "shapes"
 
@@ -90,7 +90,7 @@ def test_it_draws_a_red_circle_on_a_blue_background(pipe):
 
 
 def test_a_background_that_the_prompt_does_not_name_is_white(pipe):
-    """As captions mean in nine cases of ten; without offset noise in training hardly a picture was."""
+    """As all captions mean; without offset noise in training hardly a picture was."""
     prompts = ["a red circle", "a blue square", "a yellow star above a green ring", "a black heart"]
     images  = ldm.sample(prompts, pipe, progress=False)
     assert [checker.read(image).background for image in images] == ["white"] * 4
@@ -123,6 +123,15 @@ def test_evaluate_counts_what_is_right_and_only_that(kind):
         assert {name for name, right in found.items() if not right} == wrong
     for right, low, high in ((99, .9455, .9982), (0, 0, .0370), (50, .4038, .5962)):    # Wilson's, of 100
         assert evaluate.wilson(right, 100) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_an_outline_with_a_dent_is_not_right():
+    import evaluate
+    scene = Scene((Thing("red", "square", "large", "plain", (1, 1), .5, .5, .25),), "white")
+    image = render(scene)
+    image.paste((247, 247, 245), (134, 74, 170, 110))                          # a ninth of the square is gone
+    found = evaluate.judge(scene, checker.read(image))
+    assert {name for name, right in found.items() if not right} == {"outline"}
 
 
 def test_diffusers_loads_the_folder_and_draws_the_same(pipe):
