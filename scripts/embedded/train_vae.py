@@ -29,7 +29,7 @@ CROPPED = .4                    # share of the steps with crops
 NOISE = .04               # on the latents, in their standard deviations: the U-Net's will not be exact either
 ROUGH = .2                      # the same when the decoder is trained alone, the most of it
 STRENGTH = .1                   # and the standard deviation of the factor by which latents are too large then
-WINDOWS = .75                   # share of its steps with windows
+WINDOWS = .8                    # share of its steps with windows
 
 
 def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
