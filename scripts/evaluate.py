@@ -28,7 +28,7 @@ import ldm.fast
 
 KINDS = ("one thing", "one thing, unseen combination", "one thing, background unsaid",
          "pair", "pair, unseen", "pair, order unsaid")
-CRISP = .9             # an outline is right that overlaps this much with the ideal (intersection over union)
+CRISP = .9             # a right outline overlaps so much with the ideal one (intersection over union) or more
 
 
 def prompt_for(scene: Scene, kind: str = "") -> str:
@@ -68,16 +68,15 @@ def scenes_of(kind: str, count: int, seed: int) -> list[Scene]:
 
 
 def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
-    """What is right: by attribute for a single thing, and its outline; for pairs both things, and also in the
-    relation that was asked for."""
+    """What is right: by attribute for a single thing, and its outline (the outer one, holes filled); for
+    pairs both things, and also in the relation that was asked for."""
     result = {"background": reading.background == scene.background}
     if len(scene.things) == 1:
         only = len(reading.things) == 1
-        return result | {"colour and shape": agrees(scene, reading, "colour", "shape")} | {
-            name: only and matches(scene.things[0], reading.things[0], name)
-            for name in ("colour", "shape", "size", "place")} | {
-            "outline": only and matches(scene.things[0], reading.things[0], "shape")
-                       and reading.things[0].likeness >= CRISP}
+        result |= {"colour and shape": agrees(scene, reading, "colour", "shape")}
+        result |= {name: only and matches(scene.things[0], reading.things[0], name)
+                   for name in ("colour", "shape", "size", "place")}
+        return result | {"outline": result["shape"] and reading.things[0].likeness >= CRISP}
     both = agrees(scene, reading, "colour", "shape")
     related = False
     if both:

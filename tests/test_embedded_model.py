@@ -90,7 +90,7 @@ def test_it_draws_a_red_circle_on_a_blue_background(pipe):
 
 
 def test_a_background_that_the_prompt_does_not_name_is_white(pipe):
-    """As all captions mean; without offset noise in training hardly a picture was."""
+    """As captions mean, but for white things; without offset noise in training hardly a picture was."""
     prompts = ["a red circle", "a blue square", "a yellow star above a green ring", "a black heart"]
     images  = ldm.sample(prompts, pipe, progress=False)
     assert [checker.read(image).background for image in images] == ["white"] * 4

@@ -261,31 +261,42 @@ def test_timesteps_are_more_often_noisy_or_clear_where_that_is_asked():
     assert shares(0, 0) == pytest.approx([.2, .4, .2], abs=.005)
     assert shares(0, .5) == pytest.approx([.5 * .2 + .5 * .5, .5 * .4 + .5, .5 * .2], abs=.005)
     assert shares(.5, 0) == pytest.approx([.1, .2, .5 + .1], abs=.005)
+    assert shares(.5, .5) == pytest.approx([.5 * .1 + .5 * .5, .5 * .2 + .5, .5 * .6], abs=.005)
 
 
-def test_a_window_holds_the_middle_of_a_thing_and_the_same_part_of_picture_and_latents():
-    rng = Random(0)
+@pytest.mark.parametrize("side", [8, 32, 47])
+def test_a_window_holds_the_middle_of_a_thing_and_the_same_part_of_picture_and_latents(side):
+    rng, corners = Random(0), []
     for place in (0, 1, 2):
-        x, y = world.GRID[place], world.GRID[2 - place]
-        thing   = Thing("blue", "star", "small", "plain", (place, 2 - place), x, y, .12)
-        corners = [train_vae.window(thing, rng) for _ in range(50)]
-        assert all(left <= x < left + .5 and top <= y < top + .5 for left, top in corners)
-        assert len(set(corners)) > 5
-    latents = torch.arange(32.).expand(1, 32, 32)                               # each column has its number
+        x, y  = world.GRID[place], world.GRID[2 - place]
+        thing = Thing("blue", "star", "small", "plain", (place, 2 - place), x, y, .12)
+        found = [train_vae.window(thing, side, rng) for _ in range(50)]
+        assert all(left <= x * side < left + side / 2 for left, _ in found)
+        assert all(top <= y * side < top + side / 2 for _, top in found)
+        assert side < 10 or len(set(found)) > 5
+        corners += found
+    latents = torch.arange(float(side * side)).view(1, side, side)              # each has its number
     pixels  = latents.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    for corner in corners:
-        part, seen = (train_vae.window_of(a, corner) for a in (latents, pixels))
-        assert part.shape == (1, 16, 16)
-        torch.testing.assert_close(part.repeat_interleave(8, 1).repeat_interleave(8, 2), seen)
+    for left, top in corners:
+        part, seen = (train_vae.window_of(a, (left, top), scale) for a, scale in ((latents, 1), (pixels, 8)))
+        assert part[0, 0, 0] == side * top + left
+        assert part.shape == (1, side // 2, side // 2)
+        assert torch.equal(part.repeat_interleave(8, 1).repeat_interleave(8, 2), seen)
 
 
-def test_polishing_trains_the_decoder_alone(tmp_path):
+def test_polishing_trains_the_decoder_alone_on_windows_and_then_whole_pictures(tmp_path, monkeypatch):
+    seen, loss = [], train_vae.reconstruction_loss
+    def watched(decoded, images):
+        seen.append(images.shape)
+        return loss(decoded, images)
+    monkeypatch.setattr(train_vae, "reconstruction_loss", watched)
     shutil.copytree(Path(ldm.__file__).parent / "assets/shapes/vae", tmp_path / "vae")
     before = load_vae(tmp_path / "vae").state_dict()
-    train_vae.polish(tmp_path, steps=2, scenes=4, size=64, device="cpu")
+    train_vae.polish(tmp_path, steps=5, count=4, size=64, device="cpu")
     after = load_vae(tmp_path / "vae")
     changed = {name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before[name])}
     assert "decoder.conv_in.weight" in changed
     assert not [name for name in changed if name.startswith(("encoder", "quant_conv"))]
+    assert seen == [(16, 3, 32, 32)] * 4 + [(8, 3, 64, 64)]
     assert torch.load(tmp_path / "latents_64.pt", weights_only=True).shape == (4, 4, 8, 8)
-    assert torch.load(tmp_path / "polish.pt", weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / "polish.pt", weights_only=True)["step"] == 5

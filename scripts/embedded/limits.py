@@ -35,8 +35,8 @@ ASKED = "shape", "colour"
 
 @torch.no_grad()
 def seen_right(pipe: ldm.Pipeline, scenes: list[Scene], strength: float | None) -> float:
-    """The share of scenes whose picture, or what the autoencoder makes of it with latents times `strength`,
-    the checker reads rightly."""
+    """The share of scenes whose picture, or what the autoencoder makes of it with latents times `strength`
+    (None: the picture itself), the checker reads rightly."""
     right = 0
     for i in range(0, len(scenes), 10):
         part = scenes[i:i + 10]

@@ -4,7 +4,7 @@
     text    tokenizer and text encoder                  → FOLDER/tokenizer, FOLDER/text_encoder
     half    the U-Net's inner levels, at half the size  → FOLDER/half.pt, sheet half.png
     unet    the U-Net                                   → FOLDER/unet.pt, sheet unet.png
-    polish  the decoder once more, alone                → FOLDER/vae
+    polish  the decoder again, on the U-Net's scenes    → FOLDER/vae
     export  float16 in Hugging Face layout              → FOLDER/model
 
 Start it again after a kill and it goes on from the last checkpoint in FOLDER. On several GPUs:
@@ -13,7 +13,8 @@ Start it again after a kill and it goes on from the last checkpoint in FOLDER. O
 
 To train a model on, the one in the package for example, instead of beginning from nothing:
 
-    python scripts/embedded/train.py --out FOLDER --from ldm/assets/shapes --rate 5e-4 --noisy 0 --seed 1
+    python scripts/embedded/train.py --out FOLDER --from ldm/assets/shapes --rate 5e-4 --noisy 0 --clear .5 \\
+        --seed 1
 
 The model in the package was exported with --assets ldm/assets/shapes, which replaces it.
 """
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and sheets")
     parser.add_argument("--assets", type=Path, help="where to export to; default: FOLDER/model")
     parser.add_argument("--size", type=int, default=256, help="pixels of a picture's side")
-    parser.add_argument("--scenes", type=int, default=24000, help="training scenes for the U-Net")
+    parser.add_argument("--scenes", type=int, default=24000, help="training scenes for the U-Net and polish")
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--text-steps", type=int, default=1300)
     parser.add_argument("--half-steps", type=int, default=5000)
@@ -65,8 +66,8 @@ def main() -> None:
                         help="of the U-Net's timesteps, from the noisiest fifth alone: .3 until layouts are\n"
                              "learned, then 0, for outlines are decided at less noise")
     parser.add_argument("--clear", type=float, default=0, metavar="SHARE",
-                        help="of its timesteps, from the clearest two fifths alone: .5 when layouts\n"
-                             "are learned")
+                        help="of all its timesteps, from the clearest two fifths alone: .5 when the layouts\n"
+                             "are learned (--noisy is a share of the others)")
     parser.add_argument("--seed", type=int, default=0, help="of the U-Net's samples; a new one to train on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -190,11 +191,11 @@ nine places, and the relations above, below, left and right. It knows nothing el
 {rows}
 
 U-Net: in {arithmetic}, batches of {batch}, AdamW at {rate:g}, an exponential moving average of the
-weights (these are the ones here), {noisy:.0%} of the timesteps from the noisiest fifth alone and {clear:.0%}
-from the clearest two fifths, {dropped:.0%} of the captions empty; the noise with an offset of {offset:g}
-(`training.offset_noise`). Scenes of a single thing are drawn more often, below timestep {visible} those with
-something small, too (`emphasis`). Half of the scenes may have other shapes than the eight ({more}):
-for variety, nothing here measures how well they are drawn.
+weights (these are the ones here); {clear:.0%} of the timesteps from the clearest two fifths alone and
+{noisy:.0%} of the others from the noisiest fifth alone; {dropped:.0%} of the captions empty; the noise
+with an offset of {offset:g} (`training.offset_noise`). Scenes of a single thing are drawn more often,
+below timestep {visible} those with something small, too (`emphasis`). Half of the scenes may have other
+shapes than the eight ({more}): for variety, nothing here measures how well they are drawn.
 {notes}
 ## Measured
 {measured}

@@ -74,6 +74,12 @@ def encode_scenes(vae: VAE, out: Path, count: int, size: int, device: str) -> No
         print(f"encoded {len(latents)}/{count}", flush=True)
 
 
+def scene_latents(vae: VAE, out: Path, count: int, size: int, device: str) -> Tensor:
+    """The latents of the training scenes 0 to `count` - 1, encoded if they are not yet there."""
+    once(lambda: encode_scenes(vae, out, count, size, device))
+    return torch.load(out / f"latents_{size}.pt", weights_only=True)[:count]
+
+
 def emphasis(scene: Scene, visible: bool) -> float:
     """How often a scene is drawn, relative to others: a single thing twice as often, for pairs are more
     frequent and yet soon learned. And once its sizes are visible, small things, which are few pixels of the
@@ -83,9 +89,10 @@ def emphasis(scene: Scene, visible: bool) -> float:
 
 
 def timesteps(count: int, noisy: float, clear: float, generator: torch.Generator) -> Tensor:
-    """Uniform, but for a share `clear` below CLEAR, and of the others `noisy` in the noisiest fifth."""
-    t = training.sample_timesteps(count, noisy_share=noisy, generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < clear, t * CLEAR // 1000, t)
+    """A share `clear` from below CLEAR alone, `noisy` of the others from the noisiest fifth alone."""
+    return torch.where(torch.rand(count, generator=generator) < clear,
+                       training.sample_timesteps(count, total=CLEAR, generator=generator),
+                       training.sample_timesteps(count, noisy_share=noisy, generator=generator))
 
 
 def choose(t: Tensor, visible: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,11 +120,9 @@ def averaged(path: Path, unet: UNet) -> UNet:
 def train(path: Path, unet: UNet, vae: VAE, steps: int, count: int, size: int, batch: int, rate: float,
           noisy: float, clear: float, seed: int, device: str) -> None:
     """Trains to `path`, a checkpoint, on `batch` pictures a step and process; `rate` is the highest learning
-    rate, `noisy` the share of timesteps from the noisiest fifth alone, `clear` that of
-    those from below `CLEAR` alone; `seed` decides what is drawn."""
+    rate, `noisy` and `clear` are the shares of `timesteps`, `seed` decides what is drawn."""
     out = path.parent
-    once(lambda: encode_scenes(vae, out, count, size, device))
-    latents = torch.load(out / f"latents_{size}.pt", weights_only=True)[:count]
+    latents = scene_latents(vae, out, count, size, device)
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(out / "text_encoder").to(device).eval()
     unet = unet.to(device, memory_format=torch.channels_last)

@@ -4,8 +4,8 @@ The loss is L1 + 2 MSE on pixels + L1 on their differences (edges are what the e
 term. It begins with crops, four times cheaper and as instructive for the convolutions, and ends with whole
 pictures, as it will be used.
 
-`polish` goes on with the decoder alone, which leaves the latents as they are: the U-Net can be trained before
-or meanwhile.
+`polish` goes on with the decoder alone, which leaves the latents as they are: the U-Net can be trained
+before, or meanwhile when its scenes are encoded.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from common import draw, once, pixels, run, sheet
 from export import load_vae
 from torch import Tensor
-from train_unet import emphasis, encode_scenes, training_scene
+from train_unet import emphasis, scene_latents, training_scene
 from world import Thing, random_scene
 
 from ldm.models.vae import VAE, VAEConfig
@@ -27,9 +27,9 @@ TESTS = 90_000_000         # the seed of the scenes that are measured; no step t
 KL_WEIGHT = 2e-5
 CROPPED = .4                    # share of the steps with crops
 NOISE = .04               # on the latents, in their standard deviations: the U-Net's will not be exact either
-ROUGH = .2                      # the same when the decoder is trained alone, the most of it
-STRENGTH = .1                   # and the standard deviation of the factor by which latents are too large then
-WINDOWS = .8                    # share of its steps with windows
+ROUGH = .2                      # at most this much of it in `polish`,
+STRENGTH = .1                   # where latents are also multiplied by 1 ± this, a standard deviation
+WINDOWS = .8                    # share of the steps of `polish` with windows
 
 
 def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
@@ -90,50 +90,50 @@ def save_scaled(vae: VAE, folder: Path, size: int) -> None:
     print(f"scaling factor {factor}", flush=True)
 
 
-def window(thing: Thing, rng: Random, side: int = 32) -> tuple[float, float]:
-    """The left and upper edge of a window around the thing, half as wide as the picture, in fractions of it;
-    multiples of 1 / `side`, for latents are windowed, too."""
-    return tuple(min(max(int(side * (c - .25)) + rng.randint(-3, 3), 0), side // 2) / side
+def window(thing: Thing, side: int, rng: Random) -> tuple[int, int]:
+    """The left and upper edge of a window around the thing, half as wide as its picture of `side` latents."""
+    return tuple(min(max(int(side * (c - .25)) + rng.randint(-side // 10, side // 10), 0), side // 2)
                  for c in (thing.x, thing.y))
 
 
-def window_of(picture: Tensor, corner: tuple[float, float]) -> Tensor:
-    """What of a picture or its latents (C, side, side) lies in the window."""
-    left, top = (int(c * picture.shape[-1]) for c in corner)
-    half = picture.shape[-1] // 2
+def window_of(picture: Tensor, corner: tuple[int, int], scale: int) -> Tensor:
+    """What of a picture (C, h, h), `scale` pixels a latent, lies in the window."""
+    left, top = (scale * c for c in corner)
+    half = scale * (picture.shape[-1] // scale // 2)
     return picture[:, top:top + half, left:left + half]
 
 
-def polish(out: Path, steps: int, scenes: int, size: int, device: str) -> None:
-    """Trains the decoder alone, on latents of the U-Net's training scenes, made wrong as the U-Net's may be:
-    with noise, and too strong or too weak, as guidance leaves them.
+def polish(out: Path, steps: int, count: int, size: int, device: str) -> None:
+    """Trains the decoder alone, on latents of the U-Net's first `count` training scenes, made wrong as the
+    U-Net's may be: with noise, and too strong or too weak, as guidance leaves them. Single and small things
+    are drawn more often, as for the U-Net.
 
     It begins with windows around things: most of a picture is background, which is soon right.
     """
     vae = load_vae(out / "vae").to(device, memory_format=torch.channels_last)
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
     trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(.9, .99), weight_decay=.01)
-    once(lambda: encode_scenes(vae, out, scenes, size, device))
-    latents = torch.load(out / f"latents_{size}.pt", weights_only=True)[:scenes]
-    weights = torch.tensor([emphasis(training_scene(k), True) for k in range(scenes)])
+    latents = scene_latents(vae, out, count, size, device)
+    all_scenes = [training_scene(k) for k in range(count)]
+    weights = torch.tensor([emphasis(scene, True) for scene in all_scenes])
     rng = Random(TESTS)
     test = pixels([random_scene(rng) for _ in range(32)], size).to(device)
     with torch.no_grad():
         test_latents = torch.cat([vae.encode(images)[0] for images in test.split(8)])
 
     def step(i: int) -> dict[str, Tensor]:
-        rng, generator = Random(40_000_000 + draw(i)), torch.Generator().manual_seed(draw(i))
-        cropped = i < WINDOWS * steps
-        chosen = torch.multinomial(weights, BATCH if cropped else BATCH // 2, True, generator=generator)
-        scenes = [training_scene(k) for k in chosen.tolist()]
+        rng, generator = Random(draw(i)), torch.Generator().manual_seed(draw(i))
+        windowed = i < WINDOWS * steps
+        chosen = torch.multinomial(weights, BATCH if windowed else BATCH // 2, replacement=True,
+                                   generator=generator)
+        scenes = [all_scenes[k] for k in chosen.tolist()]
         images, z = pixels(scenes, size), latents[chosen].float()
-        if cropped:
-            corners = [window(rng.choice(scene.things), rng, z.shape[-1]) for scene in scenes]
-            z, images = (torch.stack([window_of(a, corner) for a, corner in zip(whole, corners, strict=True)])
+        if windowed:
+            corners = [window(rng.choice(scene.things), z.shape[-1], rng) for scene in scenes]
+            z, images = (torch.stack([window_of(a, corner, whole.shape[-1] // z.shape[-1])
+                                      for a, corner in zip(whole, corners, strict=True)])
                          for whole in (z, images))
-        each   = (len(z), 1, 1, 1)
+        each = (len(z), 1, 1, 1)
         factor = 1 + STRENGTH * torch.randn(each, generator=generator)
         amount = ROUGH * torch.rand(each, generator=generator)
         z = factor * z + amount * torch.randn(z.shape, generator=generator)
@@ -143,7 +143,6 @@ def polish(out: Path, steps: int, scenes: int, size: int, device: str) -> None:
     def report(_: int) -> str:
         decoded = torch.cat([vae.decode(z) for z in test_latents.split(8)])
         sheet(torch.stack([test[:16], decoded[:16]], 1).flatten(0, 1), 8, out / "vae.png")
-        write_network(vae, out / "vae_polished", torch.float32, sample_size=size)
         return f"PSNR {psnr(decoded, test):.2f} dB"
 
     run(out / "polish.pt", {"vae": vae, "optimiser": optimiser}, steps, 1e-3, step, report, every=100)

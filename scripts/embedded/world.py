@@ -286,7 +286,7 @@ def forget(scene: Scene, rng: Random) -> Scene:
 def caption(scene: Scene, rng: Random) -> str:
     """The scene in words; leaves sizes, textures, places and the background out at random.
 
-    What is left unsaid has a meaning: always a plain white background (before a white thing, some other), and
+    What is left unsaid has a meaning: always a plain white background (behind a white thing some other), and
     in four of five cases the middle of the picture and a medium thing. Two things without an order are named
     as one reads, from left to right and from top to bottom. (Named in any order, either thing is as likely in
     either place, and a model may decide for the same one in both.)
