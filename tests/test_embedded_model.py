@@ -169,7 +169,9 @@ def test_the_text_encoder_tells_the_first_thing_from_the_second(pipe):
     assert ((shapes[~taught] @ linear).sign() == where[~taught]).double().mean() > .98
 
 
-def test_the_autoencoder_keeps_what_the_checker_reads(pipe):
+@pytest.mark.parametrize("strength", [.8, 1., 1.2])
+def test_the_autoencoder_keeps_what_the_checker_reads_also_where_latents_are_weak_or_strong(pipe, strength):
     from evaluate import scenes_of
     for kind in ("one thing", "pair"):
-        assert limits.seen_right(pipe, scenes_of(kind, 10, seed=3), 1.) >= .9
+        assert limits.seen_right(pipe, scenes_of(kind, 10, seed=3), strength) >= .9
+    assert limits.seen_right(pipe, scenes_of("one thing", 10, seed=3), 0.) < .1     # the factor is applied

@@ -58,8 +58,8 @@ def train(out: Path, steps: int, size: int, device: str) -> None:
         images = pixels([random_scene(rng) for _ in range(BATCH if cropped else BATCH // 2)], size)
         if cropped:                                                   # each at a place of its own
             corners = [(rng.randrange(size // 2 + 1), rng.randrange(size // 2 + 1)) for _ in images]
-            images = torch.stack([image[:, y:y + size // 2, x:x + size // 2]
-                                  for image, (y, x) in zip(images, corners, strict=True)])
+            images = torch.stack([window_of(image, corner, 1)
+                                  for image, corner in zip(images, corners, strict=True)])
         images = images.to(device, memory_format=torch.channels_last)
         mean, std = vae.encode(images)
         spread = (std.square() + (NOISE * mean.detach().std()).square()).sqrt()
@@ -97,7 +97,7 @@ def window(thing: Thing, side: int, rng: Random) -> tuple[int, int]:
 
 
 def window_of(picture: Tensor, corner: tuple[int, int], scale: int) -> Tensor:
-    """What of a picture (C, h, h), `scale` pixels a latent, lies in the window."""
+    """What of a picture (C, h, h), `scale` pixels a latent, lies in the window from this corner on."""
     left, top = (scale * c for c in corner)
     half = scale * (picture.shape[-1] // scale // 2)
     return picture[:, top:top + half, left:left + half]

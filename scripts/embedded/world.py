@@ -364,7 +364,7 @@ def _together(first: Thing, second: Thing, a: str, b: str, rng: Random) -> str:
 
 
 def _background(scene: Scene, rng: Random) -> str:
-    white_things = any(thing.colour == "white" for thing in scene.things)
+    white_things = any(thing.colour == "white" for thing in scene.things)      # no white behind them to mean
     unsaid = .2 if white_things else .6 if scene.background == "white" else 0
     if scene.backdrop == "plain" and rng.random() < unsaid:
         return ""
