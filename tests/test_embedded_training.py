@@ -21,7 +21,7 @@ import train_unet
 import train_vae
 import world
 from export import load_vae
-from grow import grow
+from grow import grow, widen
 from world import Scene, Thing
 
 EMBEDDED = Path(train_unet.__file__).parent
@@ -118,7 +118,7 @@ def test_the_unet_begins_with_what_it_learned_at_half_the_size_and_its_average_i
         torch.manual_seed(0)
         inner = UNet(train_unet.INNER)
         inner.load_state_dict(half[weights])
-        begun = grow(inner).state_dict()
+        begun = widen(grow(inner)).state_dict()
         assert begun.keys() == unet["unet"].keys()
         return max((unet["unet"][name] - tensor).abs().max() for name, tensor in begun.items())
     assert furthest("ema") < 1.1e-5 < furthest("unet")  # one step, at a hundredth of the rate of 1e-3

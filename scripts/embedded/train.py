@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ import train_unet
 import train_vae
 from common import WORLD, join, once
 from export import export, load_vae
-from grow import grow
+from grow import grow, widen
 from world import MORE_SHAPES
 
 import ldm
@@ -93,9 +94,9 @@ def main() -> None:
             unet, steps, size = UNet(train_unet.INNER), args.half_steps, args.size // 2
             if stage == "unet":
                 unet = (started.unet.requires_grad_(True) if args.start else
-                        grow(train_unet.averaged(args.out / "half.pt", unet)))
+                        widen(grow(train_unet.averaged(args.out / "half.pt", unet))))
                 steps, size = args.unet_steps, args.size
-                once(lambda: write_recipe(args))
+                once(partial(write_recipe, args, unet.config))
             train_unet.train(path, unet, vae, steps, args.scenes, size, args.batch, args.rate,
                              args.noisy, args.clear, args.seed, args.device)
         elif stage == "polish":
@@ -124,15 +125,15 @@ def take_over(model: ldm.Pipeline, name: Path, out: Path) -> None:
 def export_model(args: argparse.Namespace) -> None:
     saved  = torch.load(args.out / "unet.pt", weights_only=True, map_location="cpu")
     recipe = json.loads((args.out / "unet.json").read_text())
-    unet   = grow(UNet(train_unet.INNER))
+    unet   = UNet(UNetConfig.from_hf(recipe["unet"]))
     unet.load_state_dict(saved["ema"])
     export(args.out, args.assets, unet, recipe["size"], card(args.out, recipe, saved, unet.config))
     size = sum(file.stat().st_size for file in args.assets.rglob("*") if file.is_file())
     print(f"wrote {args.assets}: {size / 1e6:.1f} MB")
 
 
-def write_recipe(args: argparse.Namespace) -> None:
-    """How the U-Net is trained, for the card: unet.json."""
+def write_recipe(args: argparse.Namespace, config: UNetConfig) -> None:
+    """What the U-Net is and how it is trained, for the export and the card: unet.json."""
     commit  = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                              cwd=Path(__file__).parent)
     machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else \
@@ -140,7 +141,8 @@ def write_recipe(args: argparse.Namespace) -> None:
     recipe = {"size": args.size, "scenes": args.scenes, "batch": args.batch * WORLD, "rate": args.rate,
               "noisy": args.noisy, "clear": args.clear, "machine": machine, "date": time.strftime("%Y-%m-%d"),
               "arithmetic": "bfloat16 (autocast)" if train_unet.in_bfloat16(args.device) else "float32",
-              "commit": commit.stdout.strip() or "not yet committed", "torch": torch.__version__}
+              "commit": commit.stdout.strip() or "not yet committed", "torch": torch.__version__,
+              "unet": config.to_hf()}
     (args.out / "unet.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
 
@@ -161,7 +163,7 @@ def card(out: Path, recipe: dict[str, Any], unet: dict[str, Any], config: UNetCo
     rows = "\n".join(f"| {name} | {steps[name]} | {minutes[name]:.0f} |" for name in minutes)
     def written(name: str, otherwise: str) -> str:
         return (out / name).read_text() if (out / name).exists() else otherwise
-    return CARD.format(**recipe, unet=config, vae=load_vae(out / "vae").config, rows=rows,
+    return CARD.format(**recipe | {"unet": config}, vae=load_vae(out / "vae").config, rows=rows,
                        dropped=train_unet.DROPPED, visible=train_unet.VISIBLE, offset=train_unet.OFFSET,
                        more=", ".join(MORE_SHAPES),
                        text=f"{train_text.LAYERS} layers of {train_text.WIDTH}, {train_text.LENGTH} tokens",
