@@ -174,6 +174,31 @@ def test_a_grown_unet_begins_as_the_small_one_at_twice_the_size():
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5 * before.std().item())
 
 
+def test_a_widened_unet_begins_as_the_narrow_one_and_its_copies_part():
+    torch.manual_seed(0)
+    narrow = UNet(UNetConfig(channels=(16, 16, 32), layers=2, depth=(0, 1, 1), heads=(2, 2, 4), groups=4,
+                             context_dim=12))
+    for parameter in narrow.parameters():
+        torch.nn.init.normal_(parameter, std=.1)
+    wide = widen(narrow)
+    assert wide.config.channels == (32, 16, 32)
+    x, t, text = torch.randn(3, 4, 8, 8), torch.tensor([3., 500., 999.]), torch.randn(3, 5, 12)
+    def difference() -> float:
+        with torch.no_grad():
+            before = narrow(x, t, text)
+            return ((wide(x, t, text) - before).std() / before.std()).item()
+    assert .001 < difference() < .3
+    # The norms that see channels without copies beside channels with them: nothing else may differ.
+    for unet in (narrow, wide):
+        for block in (unet.up_blocks[-2].resnets[-1], unet.up_blocks[-1].resnets[0]):
+            torch.nn.init.zeros_(block.conv2.weight)
+    assert difference() < 1e-5
+    wide(x, t, text).square().mean().backward()
+    for block in (wide.down_blocks[0].resnets[0], wide.up_blocks[-1].resnets[1]):
+        one, other = block.conv1.weight.grad.flatten(1).unflatten(0, (-1, 2)).unbind(1)   # of the two copies
+        assert ((one - other).norm(dim=1) > .1 * one.norm(dim=1)).all()
+
+
 def finetune(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, EMBEDDED.parent / "finetune.py", *map(str, arguments)],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
