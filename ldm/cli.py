@@ -86,7 +86,8 @@ def parser() -> argparse.ArgumentParser:
     given.add_argument("--mask", metavar="FILE", help="a picture: only where it is white, paint anew")
     given.add_argument("--invert", action="store_true", help="only where the mask is black")
     given.add_argument("--padding", metavar="PIXELS", type=int,
-                       help="work on the part around the mask only, and so much more, at full size")
+                       help="work only on the part around the mask with so much more on each side, "
+                            "scaled to the model's size and back")
     given.add_argument("--feather", metavar="PIXELS", type=int,
                        help="width of a soft edge around the mask (default 0)")
     given.add_argument("--composite", action=argparse.BooleanOptionalAction,
