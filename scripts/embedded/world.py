@@ -287,9 +287,9 @@ def caption(scene: Scene, rng: Random) -> str:
     """The scene in words; leaves sizes, textures, places and the background out at random.
 
     What is left unsaid has a meaning: always a plain white background (behind a white thing some other), and
-    in four of five cases the middle of the picture and a medium thing. Two things without an order are named
-    as one reads, from left to right and from top to bottom. (Named in any order, either thing is as likely in
-    either place, and a model may decide for the same one in both.)
+    in four of five cases the middle of the picture and a medium thing. Two things without an order stand side
+    by side, in the order of their names. (If they may be anywhere, a model has to decide, and may decide for
+    the same thing in both places, or for two places at once.)
     """
     phrases = [_phrase(thing, rng) for thing in scene.things]
     order = rng.sample(range(len(phrases)), len(phrases))
@@ -343,8 +343,8 @@ def _alone(thing: Thing, phrase: str, rng: Random) -> str:
 
 def _together(first: Thing, second: Thing, a: str, b: str, rng: Random) -> str:
     step = tuple((p > q) - (p < q) for p, q in zip(first.place, second.place, strict=True))
-    if rng.random() < (.35 if step[1] == 0 else .1):                      # no order said: mostly side by side
-        if first.place[::-1] > second.place[::-1]:
+    if step[1] == 0 and rng.random() < .45:                        # side by side: no order said
+        if first.place > second.place:
             a, b = b, a
         return f"{a}{rng.choice((' and', ' next to', ',', ' with', ' together with'))} {b}"
     style = rng.random()
