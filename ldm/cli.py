@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     given.add_argument("--strength", metavar="PART", type=float,
                        help="how much of it is replaced, 0 to 1 (default 0.8; with --mask 1)")
     given.add_argument("--mask", metavar="FILE", help="a picture: only where it is white, paint anew")
-    given.add_argument("--invert", action="store_true", help="only where the mask is black")
+    given.add_argument("--invert", action=argparse.BooleanOptionalAction, help="only where the mask is black")
     given.add_argument("--padding", metavar="PIXELS", type=int,
                        help="work only on the part around the mask with so much more on each side, "
                             "scaled to the model's size and back")
@@ -147,7 +147,8 @@ def add_loading(p: argparse._ActionsContainer) -> None:
     p.add_argument("--vae", metavar="NAME", help="another autoencoder: hub id, folder or file")
     p.add_argument("--prediction", choices=("epsilon", "v_prediction", "sample"),
                    help="what the U-Net tells, where the files do not say it rightly")
-    p.add_argument("--ema", action="store_true", help="take the averaged weights of a checkpoint with both")
+    p.add_argument("--ema", action=argparse.BooleanOptionalAction,
+                   help="take the averaged weights of a checkpoint with both")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,6 +197,9 @@ def make_pictures(given: dict[str, Any]) -> None:
     from ldm import images
     quiet = "quiet" in given
     remembered = restore(given["source"]) if "source" in given else {}
+    for new, old in (("image", ("height", "width")), ("mask", ("strength",))):
+        if new in given and new not in remembered:          # these were the defaults without it
+            remembered = {key: value for key, value in remembered.items() if key not in old}
     asked      = remembered | given
     if problem := flag_problem(asked):
         raise ValueError(problem if problem != flag_problem(remembered) else

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .noise_schedule import NoiseSchedule
 
@@ -59,8 +59,9 @@ class Conditioning:
 class Denoiser:
     """D(x; σ): wraps a network. Call it with x (N, 4, h, w), σ and a Conditioning of N; returns x̂₀ like x.
 
-    network:    F(x, t, context, vector) → tensor. Runs in its own dtype, whatever the state's is. Where the
-                conditioning has a guidance scale, it is called with that as well: guidance=scale.
+    network:    F(x, t, context, vector) → tensor. Runs in the dtype of its first parameter, or else of the
+                context, whatever the state's is. Where the conditioning has a guidance scale, it is called
+                with that as well: guidance=scale.
     schedule:   gives t(σ).
     prediction: "epsilon", "v_prediction" or "sample": what F was trained to tell.
     whole_t:    round t(σ) to the whole times of training, as some of diffusers' schedulers do; it matters
@@ -87,9 +88,12 @@ class Denoiser:
         input = x / (1 + sigma**2) ** 0.5                                           # c_in·x = x_vp
         if conditioning.concat is not None:
             input = torch.cat([input, conditioning.concat.to(x.dtype)], dim=1)
-        dtype = conditioning.context.dtype                                          # the network's
         more  = {} if conditioning.guidance is None else {"guidance": conditioning.guidance}
-        return self.network(input.to(dtype), t, conditioning.context, conditioning.vector, **more).to(x.dtype)
+        context, vector = conditioning.context, conditioning.vector
+        weight = next(self.network.parameters(), None) if isinstance(self.network, nn.Module) else None
+        dtype  = context.dtype if weight is None else weight.dtype
+        vector = None if vector is None else vector.to(dtype)
+        return self.network(input.to(dtype), t, context.to(dtype), vector, **more).to(x.dtype)
 
     def to_x0(self, output: Tensor, x: Tensor, sigma: float) -> Tensor:
         """The table above: what F says about x₀."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:                  # loaded where tensors are made; a grid and t
 
 CHUNK = "ldm"                      # keyword of the PNG text chunk
 GAP   = 4                          # white pixels between the pictures of a grid
+ROUNDING = 1e-4                    # of floats beyond [0, 1] that are taken for 0 or 1
 
 
 def read(image: Any, background: float = 1.0) -> "list[Tensor]":
@@ -53,8 +54,9 @@ def read(image: Any, background: float = 1.0) -> "list[Tensor]":
     elif planes.dtype.kind not in "bf":
         raise ValueError(f"A picture has floats in [0, 1] or unsigned whole numbers; got {planes.dtype}.")
     planes = np.array(planes, dtype=np.float32)
-    if not (planes.min() >= 0 and planes.max() <= 1):
+    if not (planes.min() >= -ROUNDING and planes.max() <= 1 + ROUNDING):
         raise ValueError(f"A picture has its floats in [0, 1]; got {planes.min():.3g} … {planes.max():.3g}.")
+    planes = planes.clip(0, 1)
     if planes.shape[-3] == 4:
         alpha  = planes[..., 3:, :, :]
         planes = planes[..., :3, :, :] * alpha + background * (1 - alpha)
@@ -63,12 +65,12 @@ def read(image: Any, background: float = 1.0) -> "list[Tensor]":
 
 def _levels(image: Image.Image) -> np.ndarray:
     """(H, W) or (H, W, 3 or 4), as `read` takes it."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":                               # one channel of 16 or 32 bits
-        return np.asarray(image) / (65535 if image.mode[0] == "I" else 1)
     try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":                           # one channel of 16 or 32 bits
+            return np.asarray(image) / (65535 if image.mode[0] == "I" else 1)
         return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:                  # a truncated file, or an odd mode
         raise ValueError(f"Pillow cannot turn a picture of mode {image.mode} into RGB: {error}.") from error
 
 

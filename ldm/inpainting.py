@@ -20,6 +20,8 @@ from torch import Tensor
 from . import images
 from .denoiser import Denoise
 
+SPECK = 4 / 255         # what is not blacker in a mask counts as touched: more than the noise of a JPEG
+
 
 def keep(denoise: Denoise, z: Tensor, mask: Tensor, noise: Tensor, start: float) -> Denoise:
     """A denoiser that knows the answer where the mask is 0: there D(x; σ) = z, whatever the network says.
@@ -136,7 +138,7 @@ def window(masks: Tensor, unit: int, height: int | None, width: int | None,
     """
     rows, columns = (0, masks.shape[-2]), (0, masks.shape[-1])
     if padding is not None and height and width:
-        touched    = (masks >= 0.5).any(dim=0)[0]
+        touched    = (masks > SPECK).any(dim=0)[0]
         near, wide = _padded(touched.any(dim=1), padding), _padded(touched.any(dim=0), padding)
         rows    = _grown(near, (wide[1] - wide[0]) * height // width, rows[1])
         columns = _grown(wide, (near[1] - near[0]) * width // height, columns[1])

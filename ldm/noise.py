@@ -24,16 +24,13 @@ def seeded(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | 
     generators: list[torch.Generator] = []
     drawn = 0
 
-    def draw() -> list[Tensor]:
-        return [torch.randn(shape, generator=generator) for generator in generators]
-
     def noise(k: int) -> Tensor:
         nonlocal drawn, generators
         if not generators or k < drawn:
             generators, drawn = [torch.Generator().manual_seed(seed) for seed in seeds], 0
-        while drawn < k:
-            draw()
-            drawn += 1
-        drawn += 1
-        return torch.stack(draw()).to(device)
+        for _ in range(drawn, k + 1):                       # the same whatever PyTorch's defaults are set to
+            numbers = [torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+                       for generator in generators]
+        drawn = k + 1
+        return torch.stack(numbers).to(device)
     return noise

@@ -26,7 +26,7 @@ _ALPHA_BAR_FOR_ZERO = 2.0**-24
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """The β's of training (DDPM Eq. 2), as one float64 array (T,), and what follows from them."""
-    betas: np.ndarray
+    betas: np.ndarray = field(repr=False)
     table: np.ndarray = field(init=False, repr=False)     # σ at t = 0, 1, … T−1
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,8 @@ def load(name: str | Path | None = None, *, device: str | torch.device | None = 
         ValueError: a file is damaged, does not fit its config, or is of an architecture that ldm does not
             implement; or device, dtype, prediction or variant do not exist.
     """
+    if not isinstance(name, str | PathLike | None):
+        raise TypeError(f"A model is a Pipeline, a folder, a file or a hub id; got {type(name).__name__}.")
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(f"prediction is {prediction!r}; there are {', '.join(map(repr, PREDICTIONS))}.")
     device = _device(device)
@@ -270,7 +273,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}; use 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
-    if not there.get(device.type, True):
+    if not there.get(device.type, device.type == "cpu"):
         raise ValueError(f"device {str(device)!r} was asked for, but this PyTorch ({torch.__version__}) "
                          f"finds none; leave device out to take what there is.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -283,6 +286,6 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ValueError(f"dtype is {dtype!r}; use 'float32', 'float16' or 'bfloat16'.")
     return found

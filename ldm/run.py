@@ -60,8 +60,6 @@ class Run:
 
     def last(self, strength: float) -> list[float]:
         """The σ's of the last part of the run, see `img2img`. ValueError: not one step for a strength > 0."""
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength is {strength}; it is a part of the run, from 0 to 1.")
         steps = len(self.sigmas) - 1
         taken = math.floor(round(steps * strength, 6) + 0.5)    # first to 6 digits: 50 × 0.29 is 14.4999999…
         if strength > 0 and taken == 0:
@@ -140,6 +138,9 @@ class Run:
                      **(o.scheduler_options or {})}
         show   = sys.stderr.isatty() if o.progress is None else o.progress
         states = self.row.function(watched, x, sigmas, **arguments)
+        if isinstance(states, Tensor):
+            raise TypeError("The scheduler returned a tensor; it is to be a generator, which yields x after "
+                            "each step.")
         for step, x in enumerate(tqdm(states, total=len(sigmas) - 1, disable=not show), start=1):
             if o.callback is not None:
                 o.callback(step, x, x0)
@@ -164,6 +165,10 @@ def prepare(o: SimpleNamespace) -> Run:
         raise ValueError(f"output_type is {o.output_type!r}; there are {', '.join(map(repr, OUTPUT_TYPES))}.")
     if not 0 < o.handover <= 1:
         raise ValueError(f"handover is {o.handover}; it is the first model's part, above 0 and up to 1.")
+    if not 0 <= o.guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale is {o.guidance_rescale}; it is a degree, from 0 to 1.")
+    if o.guidance_interval is not None and not _rising(o.guidance_interval):
+        raise ValueError(f"guidance_interval is {o.guidance_interval!r}; it is (low, high) in σ.")
     prompts, negatives, seeds = _batch(o.prompt, o.negative_prompt, o.seed, o.num_images)
     pipe    = o.model if isinstance(o.model, Pipeline) else load(o.model)
     refiner = o.refiner if isinstance(o.refiner, Pipeline | None) else load(o.refiner, device=pipe.device)
@@ -179,6 +184,20 @@ def prepare(o: SimpleNamespace) -> Run:
     row = schedulers.find(pipe.defaults.scheduler if o.scheduler is None else o.scheduler)
     return Run(o, pipe, refiner, row, scale, _sigmas(pipe, row, o.steps, o.spacing, o.sigmas, o.timesteps),
                prompts, negatives, seeds, _size(pipe, o.height, o.width))
+
+
+def _rising(interval: Any) -> bool:
+    try:
+        low, high = interval
+        return bool(0 <= low < high)
+    except (TypeError, ValueError):
+        return False
+
+
+def check_strength(strength: float) -> None:
+    """ValueError: it is no part of a run."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}; it is a part of the run, from 0 to 1.")
 
 
 def _guides_itself(pipe: Pipeline) -> bool:
@@ -299,8 +318,11 @@ def _sigmas(pipe: Pipeline, row: schedulers.Row, steps: int | None, spacing: str
         return check_sigmas(sigmas)
     if timesteps is not None:
         times = [float(t) for t in timesteps]
-        if not times or any(a <= b for a, b in itertools.pairwise(times)):
-            raise ValueError(f"timesteps must be falling numbers, at least one; got {times}.")
+        last  = len(pipe.schedule) - 1
+        if (not times or any(a <= b for a, b in itertools.pairwise(times))
+                or not 0 <= times[-1] <= times[0] <= last):
+            raise ValueError(f"timesteps must be falling numbers between {last} and 0, at least one; "
+                             f"got {times}.")
         return check_sigmas([*map(pipe.schedule.sigma, times), 0.0])
     return row.sigmas(pipe.schedule, pipe.defaults.steps if steps is None else steps,
                       spacing=spacing, config=pipe.scheduler_config)

@@ -15,11 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import images, inpainting, schedulers
 from .pipeline import Pipeline
-from .run import Callback, one_input, prepare, takes_mask
+from .run import Callback, Run, check_strength, one_input, prepare, takes_mask
 from .sizes import Sizes
 
 
@@ -68,6 +69,10 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
     """
     run = prepare(_options(**locals()))
     one_input(run.pipe, "text to image")
+    return _from_noise(run)
+
+
+def _from_noise(run: Run) -> Any:
     with run.working():
         noise = run.noise()
         x     = run.walk(run.denoise(), run.start(noise(0)), run.sigmas, lambda i: noise(i + 1))
@@ -96,13 +101,15 @@ def img2img(prompt: str | Sequence[str], image: Any, model: Pipeline | str | Pat
         All that `sample` raises. Also a ValueError: a picture that cannot
             be used, or a strength too small for a single step.
     """
+    check_strength(strength)
+    given    = images.read(image)                       # before a model is loaded, which may take minutes
     run      = prepare(_options(prompt, model, height=height, width=width, **options))
     one_input(run.pipe, "image to image")
-    pictures = run.each(images.fit(images.read(image), height, width, run.unit))
-    height, width = pictures.shape[-2:]
+    pictures = run.each(images.fit(given, height, width, run.unit))
+    run      = replace(run, size=(pictures.shape[2], pictures.shape[3]))
     if strength == 1:
-        return sample(prompt, run.pipe, height=height, width=width, **{**options, "refiner": run.refiner})
-    run, sigmas = replace(run, size=(height, width)), run.last(strength)
+        return _from_noise(run)
+    sigmas = run.last(strength)
     with run.working():
         noise     = run.noise()
         mean, std = run.pipe.encode(pictures * 2 - 1)
@@ -143,16 +150,18 @@ def inpaint(prompt: str | Sequence[str], image: Any, mask: Any, model: Pipeline 
             fit the picture, or that has nothing to paint.
     """
     for name, pixels in (("padding", padding or 0), ("feather", feather)):
-        if pixels < 0:
-            raise ValueError(f"{name} is {pixels}; it is a number of pixels, 0 or more.")
-    run   = prepare(_options(prompt, model, height=height, width=width, **options))
-    told  = takes_mask(run.pipe)
+        if not isinstance(pixels, int | np.integer) or pixels < 0:
+            raise ValueError(f"{name} is {pixels}; it is a whole number of pixels, 0 or more.")
+    check_strength(strength)
     given = images.read(image)
     if len({picture.shape for picture in given}) != 1:
         raise ValueError("The pictures of one call must be of one size, not of (width, height) = "
                          f"{', '.join(str(tuple(picture.shape[:0:-1])) for picture in given)}.")
+    masks    = inpainting.read_mask(mask, given[0].shape[1], given[0].shape[2], invert)
+    run      = prepare(_options(prompt, model, height=height, width=width, **options))
+    told     = takes_mask(run.pipe)
     pictures = run.each(torch.stack(given))
-    masks    = run.each(inpainting.read_mask(mask, pictures.shape[2], pictures.shape[3], invert))
+    masks    = run.each(masks)
     window   = (inpainting.window(masks, run.unit, height, width) if padding is None else
                 inpainting.window(masks, run.unit, *run.size, max(padding, feather)))
     part, hole = window.cut(pictures) * 2 - 1, window.cut_mask(masks)

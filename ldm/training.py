@@ -27,11 +27,13 @@ from .denoiser import PREDICTIONS
 def sample_timesteps(count: int, total: int = 1000, noisy_share: float = 0.0, noisy_from: int = 800,
                      generator: torch.Generator | None = None) -> Tensor:
     """Whole timesteps (count,) in [0, total): uniform, but for a share of `noisy_share` that is uniform in
-    [noisy_from, total).
+    [noisy_from, total). ValueError: a share of which there are none.
 
     What stands where is decided at the noisiest timesteps, and a small model learns "above" and "below" in a
     fraction of the time when 20–30 % of its training is spent there.
     """
+    if noisy_share and not 0 <= noisy_from < total:
+        raise ValueError(f"noisy_from is {noisy_from}; of {total} timesteps it must be one.")
     uniform = torch.rand(2, count, generator=generator)
     first   = torch.where(uniform[0] < noisy_share, float(noisy_from), 0.0)
     times   = (first + uniform[1] * (total - first)).long()

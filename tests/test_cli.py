@@ -139,6 +139,22 @@ def test_inpainting(calls, inputs):
     assert Path("c.png").read_bytes() == Path("b.png").read_bytes()
 
 
+def test_a_picture_given_over_a_file_brings_its_own_size_and_a_mask_its_strength(calls, inputs):
+    run("a cat", "-o", "a.png")
+    run("--from", "a.png", "--image", "in.png", "-o", "b.png")
+    run("--from", "b.png", "--mask", "mask.png", "-o", "c.png")
+    options = [call[-2] for call in calls if call[0] != "load"]
+    assert options[0]["height"] == 128
+    assert options[1:] == [{**inputs, "strength": 0.8}, {**inputs, "strength": 1.0}]
+
+
+def test_what_a_file_remembers_can_be_switched_off(calls, inputs):
+    run("a cat", "--image", "in.png", "--mask", "mask.png", "--invert", "--ema", "-o", "a.png")
+    run("--from", "a.png", "--no-invert", "--no-ema", "-o", "b.png")
+    assert [call[-2]["invert"] for call in calls if call[0] != "load"] == [True, False]
+    assert [call[2]["ema"] for call in calls if call[0] == "load"] == [True, False]
+
+
 def test_a_picture_that_has_moved_is_missed_before_any_work(calls, inputs, capsys):
     run("a cat", "--image", "in.png", "-o", "a.png")
     Path("in.png").unlink()

@@ -70,7 +70,7 @@ def test_the_state_stays_in_its_dtype_and_the_network_runs_in_its_own(dtype):
 def test_concat_is_joined_after_scaling_and_the_rest_is_passed_on():
     concat       = torch.full((2, 5, 3, 3), 7.0, dtype=torch.float32)
     context      = torch.rand(2, 6, 8, dtype=torch.float64)
-    conditioning = Conditioning(context, vector=torch.rand(2, 9), concat=concat)
+    conditioning = Conditioning(context, vector=torch.rand(2, 9, dtype=torch.float64), concat=concat)
     network      = Network(lambda x: x[:, :4])
     Denoiser(network, SCHEDULE)(X, 1.0, conditioning)
     assert network.x.shape == (2, 9, 3, 3)

@@ -107,6 +107,18 @@ def test_arrays_and_tensors():
         (3, 5, 4), *[(3, 7, 11)] * 3]
 
 
+def test_floats_may_be_beyond_their_range_by_rounding():
+    picture = torch.tensor([-1e-6, .5, 1 + 1e-6]).expand(3, 2, 3)
+    assert images.read(picture)[0][0, 0].tolist() == [0, .5, 1]
+
+
+def test_an_opened_picture_whose_file_is_cut_off_is_named(tmp_path):
+    photo(64, 64).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:700])
+    with pytest.raises(ValueError, match="truncated"):
+        images.read(Image.open(tmp_path / "cut.jpg"))
+
+
 def test_what_is_read_does_not_share_its_memory():
     array = np.zeros((2, 2, 3), dtype=np.float32)
     picture, = images.read(array)

@@ -243,6 +243,20 @@ def test_a_refiner_takes_over_in_image_to_image_too(pipe, handover, expected):
     np.testing.assert_array_equal(refined, pixels(pipe, **run))
 
 
+def test_what_costs_nothing_is_checked_before_a_model_is_loaded():
+    for task, inputs in ((ldm.img2img, ()), (ldm.inpaint, (painting(),))):
+        with pytest.raises(FileNotFoundError, match=r"no/such\.png"):
+            task("a cat", "no/such.png", *inputs, "no/such/model")
+        with pytest.raises(ValueError, match="strength is 2"):
+            task("a cat", painting(), *inputs, "no/such/model", strength=2)
+
+
+def test_a_warning_comes_once_and_for_the_caller(pipe):
+    with pytest.warns(UserWarning, match="guidance_scale=0") as warned:
+        ldm.img2img("a cat", painting(), pipe, strength=1, guidance_scale=0, steps=2, spacing="trailing")
+    assert len(warned) == 1
+
+
 # ── What makes no sense ─────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize(("arguments", "error", "words"), [

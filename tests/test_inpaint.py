@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import oracles
 import PIL.Image
+import PIL.ImageFilter
 import pytest
 import tiny
 import torch
@@ -111,6 +112,18 @@ def test_the_box_is_that_of_diffusers():
         ours  = inpainting.window(inpainting.read_mask(mask, *mask.shape), 8, height, width, padding)
         same += ours.box == (y0, x0, y1, x1)
     assert same > 0.99 * trials                                 # its floats may make a side one pixel shorter
+
+
+def test_the_box_holds_all_that_is_blended_but_not_the_specks_of_a_jpeg():
+    mask = PIL.Image.fromarray(box_mask(96, 96, (36, 36, 60, 60))).filter(PIL.ImageFilter.GaussianBlur(8))
+    seen = inpainting.window(inpainting.read_mask(mask, 96, 96), 8, 64, 64, 4)
+    outside = np.array(mask)
+    outside[seen.box[0]:seen.box[2], seen.box[1]:seen.box[3]] = 0
+    assert outside.max() <= 4
+    assert np.abs(np.subtract(VaeImageProcessor.get_crop_region(mask, 64, 64, 4), seen.box)).max() <= 4
+    specks = box_mask(96, 96, (36, 36, 60, 60))
+    specks[::8, ::8] = np.maximum(specks[::8, ::8], 3)
+    assert inpainting.window(inpainting.read_mask(specks, 96, 96), 8, 64, 64, 4).box == (32, 32, 64, 64)
 
 
 # ── What stays ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -371,6 +384,8 @@ def test_a_picture_of_a_batch_is_the_same_alone(pipes, model, name):
     ({"strength": 1.5},                    ValueError, "strength is 1.5"),
     ({"feather": -1},                      ValueError, "feather is -1"),
     ({"padding": -1},                      ValueError, "padding is -1"),
+    ({"padding": 2.5},                     ValueError, "padding is 2.5; it is a whole number"),
+    ({"feather": 2.0},                     ValueError, "feather is 2.0; it is a whole number"),
     ({"height": 60},                       ValueError, "height is 60"),
     ({"stregnth": 0.5},                    TypeError,  "stregnth"),
 ])

@@ -37,6 +37,17 @@ def test_it_leaves_the_global_generator_alone():
     assert torch.equal(torch.randn(3), expected)
 
 
+def test_it_does_not_depend_on_defaults_of_pytorch():
+    expected = seeded([1], SHAPE)(1)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        assert torch.equal(seeded([1], SHAPE)(1), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
 @pytest.mark.parametrize("shape", [(4, 8, 8), (4, 1, 3), (4, 64, 96)])   # fewer than 16 are drawn otherwise
 def test_it_is_the_stream_of_diffusers(shape):
     seeds      = [5, 6, 2**63]

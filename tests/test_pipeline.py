@@ -94,6 +94,10 @@ def test_files_that_do_not_fit_are_named(copy, part, fields, words):
 def test_devices_and_dtypes_that_there_are_none_of(model):
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         ldm.load(model, dtype="int8")
+    with pytest.raises(ValueError, match="dtype is 'float8_e4m3fn'"):
+        ldm.load(model, dtype="float8_e4m3fn")
+    with pytest.raises(ValueError, match="device 'xpu' was asked for"):
+        ldm.load(model, device="xpu")
     with pytest.raises(ValueError, match="device is 'quux'; use 'cpu'"):
         ldm.load(model, device="quux")
     if not torch.cuda.is_available():

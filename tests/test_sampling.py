@@ -163,6 +163,14 @@ def test_options_reach_the_scheduler(pipe):
     assert np.abs(plain - one).max() > 1e-3
 
 
+@pytest.mark.parametrize("part", ["unet", "text"])
+def test_text_encoder_and_unet_may_have_different_dtypes(folder, part):
+    mixed = ldm.load(folder, device="cpu")
+    (mixed.unet if part == "unet" else mixed.text.model).double()
+    expected = pixels("a cat", ldm.load(folder, device="cpu"))
+    np.testing.assert_allclose(pixels("a cat", mixed), expected, atol=1e-4)
+
+
 def test_numpys_integers_are_seeds(pipe):
     wanted = pixels("a cat", pipe, seed=[3, 4], num_images=2)
     np.testing.assert_array_equal(pixels("a cat", pipe, seed=np.int64(3), num_images=2), wanted)
@@ -198,6 +206,13 @@ def test_any_multiple_of_eight_is_a_size(pipe):
     ({"timesteps": [1, 2], "steps": None, "spacing": None}, ValueError, "timesteps must be falling"),
     ({"timesteps": [], "steps": None, "spacing": None}, ValueError, "timesteps must be falling"),
     ({"timesteps": np.array([9, 1]), "steps": None}, ValueError, "Give either steps"),
+    ({"timesteps": [1000, 500], "steps": None, "spacing": None}, ValueError, "between 999 and 0"),
+    ({"timesteps": [500, -5], "steps": None, "spacing": None}, ValueError, "between 999 and 0"),
+    ({"guidance_rescale": 1.5},                  ValueError, "guidance_rescale is 1.5; it is a degree"),
+    ({"guidance_interval": (5, 1)},              ValueError, r"guidance_interval is \(5, 1\); it is \(low"),
+    ({"guidance_interval": 5},                   ValueError, "guidance_interval is 5; it is"),
+    ({"scheduler": lambda denoise, x, sigmas: x}, TypeError, "returned a tensor; it is to be a generator"),
+    ({"model": 5},                               TypeError,  "A model is a Pipeline, a folder, .* got int"),
     ({"output_type": "jpeg"},                    ValueError, "output_type is 'jpeg'"),
     ({"handover": 0},                            ValueError, "handover is 0; it is the first model's part"),
     ({"handover": 80},                           ValueError, "handover is 80"),

@@ -418,7 +418,10 @@ def test_a_scheduler_that_we_do_not_have(config):
 
 
 @pytest.mark.parametrize(("field", "value"), [("solver_type", "heun"), ("use_lu_lambdas", True),
-                                              ("euler_at_final", True), ("interpolation_type", "log_linear")])
+                                              ("euler_at_final", True), ("interpolation_type", "log_linear"),
+                                              ("lower_order_final", False), ("lambda_min_clipped", -5.1),
+                                              ("sigma_max", 10.0), ("variance_type", "fixed_large"),
+                                              ("clip_sample", True), ("thresholding", True)])
 def test_a_field_that_is_not_heeded_is_named(field, value):
     with pytest.warns(UserWarning, match=f"{field} = {value!r}, which ldm does not heed"):
         assert default_name({"_class_name": "DPMSolverMultistepScheduler", field: value}) == "dpmpp_2m"

@@ -103,6 +103,8 @@ def test_timesteps_cover_the_range_and_favour_the_noisy_end_as_asked():
     tilted = training.sample_timesteps(100_000, noisy_share=.25, generator=generator)
     assert (tilted >= 800).float().mean().item() == pytest.approx(.25 + .75 * .2, abs=.01)
     assert training.sample_timesteps(1000, noisy_share=1, noisy_from=900, generator=generator).min() >= 900
+    with pytest.raises(ValueError, match="noisy_from is 800; of 500 timesteps"):
+        training.sample_timesteps(10, total=500, noisy_share=.1)
 
 
 def test_the_largest_uniform_number_is_not_rounded_to_a_time_that_does_not_exist(monkeypatch):

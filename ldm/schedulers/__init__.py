@@ -10,6 +10,7 @@ sigmas[k:]. One that needs random numbers has a parameter `noise`: i → standar
 One that does something else for a start in the middle has a parameter `skipped`, for which k is to be given.
 """
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -156,12 +157,15 @@ def default_name(config: Mapping[str, Any]) -> str:
         warnings.warn(f"The model's scheduler is {kind} (algorithm {algorithm}, order {order}), "
                       f"which ldm does not have; taking 'dpmpp_2m'.", stacklevel=2)
     for field, usual in USUAL.items():
-        if config.get(field) not in (None, usual):
+        if config.get(field) not in (None, *usual):
             warnings.warn(f"The model's scheduler_config.json has {field} = {config[field]!r}, which ldm "
                           f"does not heed: the pictures will differ from those of diffusers.", stacklevel=2)
     return name or "dpmpp_2m"
 
 
-# Fields of a scheduler_config.json that change a method in diffusers, and the value that ldm has built in.
-USUAL = {"solver_type": "midpoint", "euler_at_final": False, "use_lu_lambdas": False,
-         "use_flow_sigmas": False, "interpolation_type": "linear"}
+# Fields of a scheduler_config.json that change a method in diffusers, and the values that ldm has built in.
+USUAL = {"solver_type": ("midpoint",), "euler_at_final": (False,), "use_lu_lambdas": (False,),
+         "use_flow_sigmas": (False,), "interpolation_type": ("linear",), "lower_order_final": (True,),
+         "lambda_min_clipped": (-math.inf, "-inf"), "sigma_min": (), "sigma_max": (),
+         "variance_type": ("fixed_small", "fixed_small_log"), "clip_sample": (False,),
+         "thresholding": (False,)}

@@ -29,9 +29,8 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Callable[[
             x      = x + (raised**2 - sigma**2) ** 0.5 * churn_noise * noise(i)
             sigma  = raised
         slope = (x - denoise(x, sigma)) / sigma
-        ahead = x + (following - sigma) * slope
         if following > 0:
-            slope = (slope + (ahead - denoise(ahead, following)) / following) / 2
             ahead = x + (following - sigma) * slope
-        x = ahead
+            slope = (slope + (ahead - denoise(ahead, following)) / following) / 2
+        x = x + (following - sigma) * slope
         yield x

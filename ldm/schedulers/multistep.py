@@ -75,13 +75,12 @@ def plms(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Iterator[Tenso
     """
     if len(sigmas) < 2:
         return
-    first = (x - denoise(x, sigmas[0])) / sigmas[0]
+    first = slope = (x - denoise(x, sigmas[0])) / sigmas[0]
     step  = sigmas[1] - sigmas[0]
     if len(sigmas) > 2:
         ahead = x + step * first
-        x     = x + step * (first + (ahead - denoise(ahead, sigmas[1])) / sigmas[1]) / 2
-    else:
-        x     = x + step * first
+        slope = (first + (ahead - denoise(ahead, sigmas[1])) / sigmas[1]) / 2
+    x = x + step * slope
     yield x
     yield from _adams_bashforth(denoise, x, sigmas[1:], [first])
 
