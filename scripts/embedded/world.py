@@ -286,10 +286,10 @@ def forget(scene: Scene, rng: Random) -> Scene:
 def caption(scene: Scene, rng: Random) -> str:
     """The scene in words; leaves sizes, textures, places and the background out at random.
 
-    What is left unsaid has a meaning: always a plain white background (behind a white thing some other), and
-    in four of five cases the middle of the picture and a medium thing. Two things without an order stand side
-    by side, in the order of their names. (If they may be anywhere, a model has to decide, and may decide for
-    the same thing in both places, or for two places at once.)
+    What is left unsaid has a meaning: a plain white background (behind a white thing some other), the middle
+    of the picture, and in four of five cases a medium thing. Two things without an order stand side by side,
+    in the order of their names. (If a thing may be anywhere, a model has to decide, and may decide for two
+    places at once, or for the same thing in both.)
     """
     phrases = [_phrase(thing, rng) for thing in scene.things]
     order = rng.sample(range(len(phrases)), len(phrases))
@@ -335,7 +335,7 @@ def _phrase(thing: Thing, rng: Random) -> str:
 
 
 def _alone(thing: Thing, phrase: str, rng: Random) -> str:
-    if rng.random() < (.65 if thing.place == (1, 1) else .2):
+    if thing.place == (1, 1) and rng.random() < .65:
         return phrase
     place = rng.choice(PLACES[thing.place])
     return f"{place}{rng.choice(('', ','))} {phrase}" if rng.random() < .15 else f"{phrase} {place}"
