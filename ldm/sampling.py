@@ -46,7 +46,8 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
         guidance_rescale: in [0, 1], see `guidance.rescaled`.
         guidance_interval: (low, high) in σ, see `guidance.interval`.
         seed: picture i has the seed seed + i, or the i-th of a list. The same seed is the same picture, made
-            alone or in any batch, on any device, to rounding.
+            alone or in any batch, on any device, to rounding (which on CUDA is TF32's in convolutions of
+            float32, unless `torch.backends.cudnn.allow_tf32` is False).
         num_images: pictures for each prompt.
         spacing: "leading", "trailing", "linspace", "karras", "exponential", "polyexponential" or "beta"; None
             is the model's own. Instead of steps and spacing: `sigmas`, falling, with the end of the last step

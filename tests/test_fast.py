@@ -182,6 +182,60 @@ def test_gradients_are_the_same_as_often_as_wanted(name):
         assert np.max([*map(relative, found, wanted)]) < 1e-10
 
 
+def test_a_compiled_network_cannot_be_rebuilt_and_is_left_alone(pipe):
+    _, unet  = unet_pair(TINY_UNETS["SD 1.5"], torch.float32)
+    compiled = torch.compile(unet, backend="eager")
+    for build in (fast.in_place, fast.channels_last):
+        with pytest.raises(TypeError, match=r"before torch\.compile"):
+            build(compiled)
+    quick = fast.optimize(pipe, compile=True)
+    for layerwise in (False, True):
+        with pytest.raises(TypeError, match=r"before torch\.compile"):
+            fast.offload(quick, "cpu", layerwise=layerwise).decode(torch.zeros(1, 4, 2, 2))
+    with pytest.raises(TypeError, match=r"before torch\.compile"):
+        fast.channels_last(quick.vae)
+    assert unet.time_embedding is not None
+
+
+def test_what_remembers_is_not_recorded():
+    _, unet = unet_pair(TINY_UNETS["SD 1.5"], torch.float32)
+    for remembering in (fast.prompt_once(unet), fast.deep_cache(unet)):
+        with pytest.raises(ValueError, match=r"record the network inside, prompt_once\(unet, graphed\)"):
+            fast.graphed(remembering)
+    assert fast.graphed(unet).config is unet.config
+    fast.prompt_once(unet, fast.graphed)
+
+
+def test_a_recording_is_of_one_network(monkeypatch):
+    """A tree that was rebuilt shares the dictionary of recordings; but not those of another network."""
+    class Graph:
+        def replay(self):
+            pass
+    monkeypatch.setattr(kernels.Graphed, "_record", lambda self, leaves, tree: (
+        Graph(), [leaf.clone() for leaf in leaves], self.network(*leaves)))
+    one = fast.graphed(nn.Sequential(nn.Linear(3, 3)))
+    two = fast.rebuilt(one, lambda part: nn.Linear(3, 3) if isinstance(part, nn.Linear) else None)
+    x   = torch.rand(2, 3)
+    with torch.no_grad():
+        for graphed in (one, two, one):
+            assert torch.equal(graphed(x), graphed.network(x))
+        assert not torch.equal(one(x), two(x))
+    assert len(one.records) == 2
+
+
+def test_answers_to_one_prompt_are_of_one_network():
+    _, unet = unet_pair(TINY_UNETS["SD 1.5"], torch.float32)
+    given   = inputs(TINY_UNETS["SD 1.5"])[1]
+    once    = fast.prompt_once(unet)
+    other   = fast.rebuilt(once, lambda part: None)
+    other.questions = deepcopy(once.questions)
+    for question in other.questions:
+        question.weight.data.mul_(2)
+    with torch.inference_mode():
+        given = {name: value.clone() for name, value in given.items()}
+        assert relative(other(**given), once(**given)) > 1e-3
+
+
 def test_what_gives_no_gradients_says_so(pack_all):
     _, unet = unet_pair(TINY_UNETS["SD 1.5"], torch.float32)
     given = inputs(TINY_UNETS["SD 1.5"])[1]

@@ -99,6 +99,16 @@ def test_tensors_of_another_shape_are_unknown(sd1, tmp_path):
     assert "unet lacks 1 tensors: mid_block.resnets.0.conv1.bias" in report.problems
 
 
+def test_weights_that_are_whole_numbers_do_not_fit(sd1, tmp_path):
+    """As quantised ones of other programs are."""
+    _, state, _ = sd1
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    file = write_file(tmp_path / "a.safetensors", {**state, name: state[name].to(torch.int8)})
+    assert ldm.inspect(file).unknown == [name]
+    with pytest.raises(ValueError, match=r"1 of whole numbers: mid_block\.resnets\.0.* \(torch\.int8\)"):
+        ldm.load(file, device="cpu")
+
+
 def test_pickles(sd1, tmp_path):
     _, state, path = sd1
     torch.save({"state_dict": state, "global_step": 1}, tmp_path / "a.ckpt")

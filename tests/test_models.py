@@ -203,6 +203,7 @@ BAD_UNET_FIELDS = {
     "only_cross_attention": True, "freq_shift": 1, "encoder_hid_dim_type": "text_image_proj",
     "conv_in_kernel": 1, "num_class_embeds": 10, "downsample_padding": 0,
     "transformer_layers_per_block": [1, 2], "attention_head_dim": [5, 10],
+    "layers_per_block": [2, 2, 2, 2], "cross_attention_dim": [768, 768, 768, 768],
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["AttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D"] * 4,
 }

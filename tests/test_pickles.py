@@ -218,6 +218,7 @@ DEEP = b")" + b"2\x86" * 40                     # a tuple of 2⁴⁰ parts: each
 @pytest.mark.parametrize("program", [
     b"}" + DEEP + b"I1\ns.", b"(" + DEEP + b"I1\nd.", b"\x8f(" + DEEP + b"\x90.", b"(" + DEEP + b"\x91.",
     b"S'os'\n" + DEEP + b"\x93.", DEEP + b")R.", DEEP + b"Q.",
+    b"ccollections\nOrderedDict\n(]((" + DEEP + b"I1\ntetR.",
     tensor_program("(I8\nt", "(I1\nt").replace(b"S'0'\n", DEEP),
 ])
 def test_what_would_take_years_to_look_up_is_refused(tmp_path, program, zipped):
@@ -252,6 +253,13 @@ def test_a_whole_module_is_no_state_dict(tmp_path):
     torch.save(torch.nn.Linear(2, 2), file)
     with pytest.raises(ValueError, match=r"all of it is torch\.nn\.modules\.linear\.Linear"):
         read_tensors([file])
+
+
+def test_what_is_no_state_dict_is_not_shown_in_full(tmp_path):
+    """What was to make an object may be lists in lists, each twice: not to be printed."""
+    deep = b"]" + b"".join(b"q%c](h%ch%ce" % (level, level, level) for level in range(40))
+    with pytest.raises(ValueError, match="all of it is a Stub"):
+        read_tensors([write(tmp_path / "pytorch_model.bin", deep + b")R.", True)])
 
 
 @FORMATS

@@ -79,6 +79,7 @@ def test_a_scheduler_that_there_is_none_of_is_replaced_with_a_warning(copy):
 
 
 @pytest.mark.parametrize(("part", "fields", "words"), [
+    ("text_encoder/config.json", {"hidden_act": "nope"},                  "describes no text encoder .*nope"),
     ("unet/config.json", {"class_embed_type": "timestep"},                "class_embed_type = 'timestep'"),
     ("unet/config.json", {"cross_attention_dim": 48},                     "of another shape.*attn2.to_k"),
     ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 4},   "down_block_types"),

@@ -187,7 +187,12 @@ def test_nothing_is_written_over(tmp_path):
     (tmp_path / "empty").mkdir()
     pipe.save(tmp_path / "empty")
     pipe.save(tmp_path / "new" / "deep")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty", "file", "new"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    pipe.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "other/model_index.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty", "file", "link", "new", "other"]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

@@ -302,6 +302,15 @@ def test_a_snapshot_with_a_hole_is_completed(hub, lost):
     assert files_in(find("org/model")) == {*SMALL, *PLAIN}
 
 
+@pytest.mark.parametrize("lost", ["unet/config.json", "scheduler/scheduler_config.json",
+                                  "tokenizer/merges.txt"])
+def test_a_cache_of_another_program_that_lacks_a_small_file_is_completed(hub, tmp_path, lost):
+    hub.repositories["org/model"] = repository(*SMALL, *PLAIN)
+    folder = cached(tmp_path, *SMALL, *PLAIN)
+    (folder / lost).unlink()
+    assert (find("org/model") / lost).is_file()
+
+
 def test_a_snapshot_without_one_of_its_shards_is_completed(hub):
     files = repository(*SMALL, *PLAIN[1:], *SHARDS)
     files[SHARDS[0]] = json.dumps({"weight_map": {"a": SHARDS[1][5:], "b": SHARDS[2][5:]}}).encode()

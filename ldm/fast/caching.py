@@ -8,7 +8,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..models import UNet
 from ..models.unet import Level
-from .trees import replaced
+from .trees import Remembers, replaced
 
 
 def deep_cache(unet: UNet, every: int = 3, layers: int = 1) -> nn.Module:
@@ -27,7 +27,7 @@ def deep_cache(unet: UNet, every: int = 3, layers: int = 1) -> nn.Module:
     return _DeepCache(unet, every, layers)
 
 
-class _DeepCache(nn.Module):
+class _DeepCache(Remembers):
     def __init__(self, unet: UNet, every: int, layers: int):
         super().__init__()
         config, memory = unet.config, _Memory()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..models.layers import GEGLU, Attention
-from .trees import Module, rebuilt, refuse_gradients
+from .trees import Module, Remembers, rebuilt, refuse_gradients
 
 WIDE   = 1280 * 640 * 9     # weights of a 3×3 convolution from which `packed` gains
 SCORES = 2**21              # of attention, computed at a time: in bfloat16 4 MB, which stay in the caches
@@ -130,7 +130,13 @@ def graphed(network: nn.Module) -> nn.Module:
 
     A call of SD 1.5's U-Net has about a thousand kernels; at batch 1, a fast GPU waits for Python to name
     them. The memory of a recording is kept until the module goes. Weights must neither move nor be replaced.
+
+    ValueError: the network remembers something between its calls, which a recording would repeat for ever. Of
+    `prompt_once` take it inside: `prompt_once(unet, graphed)`.
     """
+    if remembers := [type(part).__name__ for part in network.modules() if isinstance(part, Remembers)]:
+        raise ValueError(f"graphed would record what {remembers[0]} remembers of one prompt or step; record "
+                         f"the network inside, prompt_once(unet, graphed). deep_cache cannot be recorded.")
     return Graphed(network)
 
 
@@ -138,7 +144,8 @@ class Graphed(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        self.records: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.config  = getattr(network, "config", None)
+        self.records: dict[Any, tuple[nn.Module, torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     def forward(self, *args: Any, **named: Any) -> Tensor:
         leaves, tree = tree_flatten((args, named))
@@ -149,11 +156,14 @@ class Graphed(nn.Module):
         return output.clone()
 
     def _replayed(self, leaves: list[Any], tree: Any, tensors: list[Tensor]) -> Tensor:
-        key     = tree, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        if key not in self.records:
-            self.records[key] = self._record(leaves, tree)
-        graph, inputs, output = self.records[key]
-        torch._foreach_copy_(inputs, tensors)
+        key = id(self.network), str(tree), *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+                                             for leaf in leaves)
+        if key not in self.records:                     # with the network, so that nothing else gets its id
+            self.records[key] = self.network, *self._record(leaves, tree)
+        _, graph, inputs, output = self.records[key]
+        for dtype in {tensor.dtype for tensor in tensors}:              # one kernel for each
+            torch._foreach_copy_([tensor for tensor in inputs if tensor.dtype == dtype],
+                                 [tensor for tensor in tensors if tensor.dtype == dtype])
         graph.replay()
         return output
 
@@ -169,6 +179,9 @@ class Graphed(nn.Module):
                     self.network(*args, **named)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
+            # cuBLAS has one workspace for all: the recording needs one of its own, which nobody else frees.
+            torch._C._cuda_clearCublasWorkspaces()
             with torch.cuda.graph(graph, stream=aside):
                 output = self.network(*args, **named)
+            torch._C._cuda_clearCublasWorkspaces()
         return graph, inputs, output

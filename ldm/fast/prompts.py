@@ -8,7 +8,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..models import UNet
 from ..models.layers import TransformerBlock
-from .trees import rebuilt, replaced
+from .trees import Remembers, rebuilt, replaced
 
 
 def prompt_once(unet: UNet, *around: Callable[[nn.Module], nn.Module]) -> "PromptOnce":
@@ -23,7 +23,7 @@ def prompt_once(unet: UNet, *around: Callable[[nn.Module], nn.Module]) -> "Promp
     return PromptOnce(unet, around)
 
 
-class PromptOnce(nn.Module):
+class PromptOnce(Remembers):
     """See `prompt_once`."""
 
     def __init__(self, unet: UNet, around: Iterable[Callable[[nn.Module], nn.Module]]):
@@ -52,7 +52,7 @@ class PromptOnce(nn.Module):
     def answers(self, context: Tensor) -> list[Tensor]:
         """For each cross-attention the keys and the values, (N, S, C) each."""
         state = [torch.is_inference_mode_enabled(),     # what was made there cannot be part of a graph
-                 *(None if tensor.is_inference() else tensor._version
+                 *((id(tensor), None if tensor.is_inference() else tensor._version)
                    for tensor in (context, *self.questions.parameters()))]
         known, answers = self.known.get(context, (None, []))
         if known != state:

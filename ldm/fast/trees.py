@@ -20,8 +20,12 @@ def rebuilt(module: Module, rule: Callable[[nn.Module], nn.Module | None]) -> Mo
         return known[id(part)]
 
     def copied(part: nn.Module) -> nn.Module:
+        if hasattr(part, "_orig_mod"):              # it hands on all that is set here to the original
+            raise TypeError("A network that is compiled cannot be rebuilt: apply this before torch.compile, "
+                            "or to a pipeline that fast.optimize(…, compile=True) has not changed.")
         twin = copy(part)
-        twin._modules = {name: child and made(child) for name, child in part._modules.items()}
+        twin._modules = {name: None if child is None else made(child)
+                         for name, child in part._modules.items()}
         return twin
     return cast(Module, copied(module))
 
@@ -33,6 +37,10 @@ def replaced(module: Module, path: str, child: nn.Module) -> Module:
     twin._modules = {**module._modules,
                      name: replaced(module.get_submodule(name), rest, child) if rest else child}
     return twin
+
+
+class Remembers(nn.Module):
+    """One whose calls are not independent of each other."""
 
 
 def refuse_gradients(module: nn.Module, name: str, *given: Tensor) -> None:

@@ -31,7 +31,7 @@ def offload(pipeline: Pipeline, device: torch.device | str, *, layerwise: bool =
     unet = cast(nn.Module, pipeline.unet)
     inside = rebuilt(unet, room.layers) if layerwise else _Visitor(unet, room)
     vae  = copy(pipeline.vae)
-    vae._modules = {name: part and _There(_Visitor(part, room), room.device)
+    vae._modules = {name: None if part is None else _There(_Visitor(part, room), room.device)
                     for name, part in vae._modules.items()}
     return replace(pipeline, text=_text(pipeline.text, room), vae=vae,
                    unet=_There(inside, room.device, getattr(unet, "config", None)))

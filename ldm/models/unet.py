@@ -95,6 +95,10 @@ class UNetConfig:
         if unknown or [kind.replace("Up", "Down") for kind in reversed(up)] != list(down):
             raise ValueError(f"U-Net: config.json has down_block_types {down} and up_block_types {up}; "
                              f"only (CrossAttn)DownBlock2D mirrored by (CrossAttn)UpBlock2D is implemented.")
+        for field in ("layers_per_block", "cross_attention_dim"):
+            if not isinstance(get(field, 0), int):
+                raise ValueError(f"U-Net: config.json has {field} = {get(field)!r}; one number for all "
+                                 f"levels is implemented.")
         if get("addition_embed_type") not in (None, "text_time"):
             raise ValueError(f"U-Net: config.json has addition_embed_type = {get('addition_embed_type')!r}; "
                              f"only SDXL's 'text_time' is implemented.")

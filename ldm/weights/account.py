@@ -131,16 +131,17 @@ def _fates(parts: Mapping[str, Part]) -> tuple[dict[tuple[str, str], str], list[
     for name, part in parts.items():
         try:
             build, rename = plan(name, part)
+            _, wanted     = skeleton(build)
         except ValueError as error:
             fates |= dict.fromkeys([(name, old) for old in part.tensors], f"ignored: of a {name}")
             problems.append(str(error))
             continue
-        _, wanted = skeleton(build)
         free   = rename({}, wanted).keys()                          # what the model gets without any file
         filled = set(free)
         for old, tensor in part.tensors.items():
             new  = {k: t for k, t in rename({old: tensor}, wanted).items() if k not in free}
-            fits = all(k in wanted and wanted[k].shape == t.shape for k, t in new.items())
+            fits = all(k in wanted and wanted[k].shape == t.shape
+                       and t.is_floating_point() >= wanted[k].is_floating_point() for k, t in new.items())
             fates[name, old] = ("ignored: no picture needs it" if not new else
                                 f"used: {name}" if fits else UNKNOWN)
             filled |= new.keys() if fits else set()

@@ -184,7 +184,7 @@ def find_prediction(config: dict[str, Any], unet: State, others: Mapping[str, st
     if not config["use_linear_projection"] or config["projection_class_embeddings_input_dim"]:
         return "epsilon", "what its family predicts, and the file has no key v_pred"
     # Stable Diffusion 2.x comes in both kinds, of one shape. ComfyUI found a statistic that tells them apart.
-    last = max(int(name.split(".")[1]) for name in unet if name.startswith("output_blocks."))
+    last = max((int(name.split(".")[1]) for name in unet if name.startswith("output_blocks.")), default=0)
     name = f"output_blocks.{last}.1.transformer_blocks.0.norm1.bias"
     if name not in unet:
         return "epsilon", f"a guess: there is no {name}, which would tell"

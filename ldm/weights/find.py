@@ -137,7 +137,16 @@ def _complete(folder: Path, variant: str | None) -> set[str | None] | None:
     have = set()
     try:
         for part, kind in read_json(folder / "model_index.json").items():
-            if part in WITH_WEIGHTS and kind != [None, None]:           # [null, null]: a part left out
+            names = file_names(folder / part)
+            if kind == [None, None]:                                    # a part left out
+                continue
+            needed = (["config.json"] if part in WITH_WEIGHTS else
+                      ["scheduler_config.json"] if part == "scheduler" else
+                      ["vocab.json", "merges.txt"] if part.startswith("tokenizer")
+                      and "tokenizer.json" not in names else [])
+            if not names.issuperset(needed):
+                return None
+            if part in WITH_WEIGHTS:
                 weights = choose(file_names(folder / part), variant)
                 if weights is None:
                     return None

@@ -57,7 +57,14 @@ def plan(name: str, part: Part) -> tuple[Callable[[], nn.Module], Rename]:
                          f"it can be a {' or a '.join(classes)}")
     # transformers would fetch and run a kernel that a config names as the implementation of its attention.
     fields = {key: value for key, value in part.config.items() if "_implementation" not in key}
-    return lambda: classes[found](CLIPTextConfig.from_dict(fields)), rename_open_clip
+
+    def text_encoder() -> nn.Module:
+        try:
+            return classes[found](CLIPTextConfig.from_dict(fields))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"config.json of {part.where} describes no text encoder that transformers can "
+                             f"make: {error!r}") from error
+    return text_encoder, rename_open_clip
 
 
 def vae_config(part: Part) -> VAEConfig | TinyVAEConfig:
@@ -123,7 +130,10 @@ def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str
              "unknown to the model":  [name for name in state if name not in wanted],
              "of another shape":      [f"{name} {tuple(state[name].shape)}, in the model {tuple(model.shape)}"
                                        for name, model in wanted.items()
-                                       if name in state and state[name].shape != model.shape]}
+                                       if name in state and state[name].shape != model.shape],
+             "of whole numbers":      [f"{name} ({state[name].dtype})" for name, model in wanted.items()
+                                       if name in state and model.is_floating_point()
+                                       and not state[name].is_floating_point()]}
     if any(wrong.values()):
         lists = "".join(f"\n  {len(names)} {what}: {shown(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"The weights in {where} do not fit the model.{lists}\n"

@@ -296,5 +296,5 @@ CALLS: dict[Global, Callable[..., Any]] = {
     Global("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
     Global("torch._tensor", "_rebuild_from_type_v2"):        lambda maker, _, args, *__: _call(maker, args),
     Global("torch", "Size"):                                 tuple,
-    Global("collections", "OrderedDict"):                    dict,
+    Global("collections", "OrderedDict"):                    lambda pairs=(): {_key(k): v for k, v in pairs},
 }

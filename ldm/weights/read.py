@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .pickles import Stub, read_pickle
+from .pickles import Global, Stub, read_pickle
 
 # How the names begin: diffusers' (U-Net, VAE), then transformers' (text encoder). Safetensors come first.
 STEMS  = {"safetensors": ("diffusion_pytorch_model", "model"),
@@ -160,7 +160,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     if isinstance(state, dict) and state:
         others = {repr(name): value for name, value in state.items() if not isinstance(value, Tensor)}
     for name, value in others.items():
-        kind = value.maker if isinstance(value, Stub) else f"a {type(value).__name__}"
+        made = isinstance(value, Stub) and isinstance(value.maker, Global)
+        kind = value.maker if made else f"a {type(value).__name__}"
         raise ValueError(f"{file} does not hold a dictionary of tensors, so not the weights of a component: "
                          f"{name} is {kind}")
     return state

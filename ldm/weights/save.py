@@ -24,7 +24,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     FileExistsError: `target` exists, and is not an empty folder.
     """
-    target = target.expanduser().absolute()
+    target = target.expanduser().resolve()          # of a link, what it leads to
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; nothing is written over. Give a new name")
     building = target.with_name(f"{target.name}.{os.getpid()}.part")
