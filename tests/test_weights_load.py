@@ -11,7 +11,7 @@ from torch import nn
 
 from ldm import weights
 from ldm.models import VAE, UNet, UNetConfig, VAEConfig
-from ldm.weights import read_json, read_weights, rename_clip, rename_old_vae_attention
+from ldm.weights import read_json, read_weights, rename_clip, rename_ldm_vae
 
 
 def load_module(build, folder, *, variant=None, **options):
@@ -80,7 +80,7 @@ def assert_same(module, state):
 def test_unet_and_vae_written_by_diffusers(folder):
     unet = load_module(lambda: unet_of(folder), folder / "unet")
     assert_same(unet, load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
-    vae  = load_module(lambda: vae_of(folder), folder / "vae", rename=rename_old_vae_attention)
+    vae  = load_module(lambda: vae_of(folder), folder / "vae", rename=rename_ldm_vae)
     assert_same(vae, torch.load(folder / "vae" / "diffusion_pytorch_model.bin"))
 
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.randn(1, 5, 24)
@@ -112,7 +112,7 @@ def test_old_names_of_the_vae_attention(folder, tmp_path, convolutions):
         old[name] = tensor
     assert sum("proj_attn" in name for name in old) == 4            # weight and bias, in encoder and decoder
     save_file(old, tmp_path / "diffusion_pytorch_model.safetensors")
-    assert_same(load_module(lambda: vae_of(folder), tmp_path, rename=rename_old_vae_attention), new)
+    assert_same(load_module(lambda: vae_of(folder), tmp_path, rename=rename_ldm_vae), new)
     with pytest.raises(ValueError,
                        match=r"16 missing from the file: encoder\.mid_block\.attentions\.0\.to_q\.weight"):
         load_module(lambda: vae_of(folder), tmp_path)
@@ -277,12 +277,12 @@ def test_a_truncated_shard_is_named(folder, tmp_path):
 
 
 # -- names ---------------------------------------------------------------------------------------------------
-def test_rename_old_vae_attention_touches_nothing_else():
+def test_rename_ldm_vae_touches_nothing_else():
     state = {"encoder.mid_block.attentions.0.group_norm.weight": torch.ones(4),
              "encoder.mid_block.attentions.0.to_q.weight": torch.ones(4, 4),
              "encoder.mid_block.resnets.0.conv1.weight": torch.ones(4, 4, 1, 1),
              "quant_conv.weight": torch.ones(8, 8, 1, 1)}
-    renamed = rename_old_vae_attention(state, {})
+    renamed = rename_ldm_vae(state, {})
     assert {name: tensor.shape for name, tensor in renamed.items()} == \
         {name: t.shape for name, t in state.items()}
 

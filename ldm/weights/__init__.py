@@ -8,14 +8,7 @@
 from .detect import LIGHTNING, TURBO
 from .find import find, find_vae
 from .load import Part, load_module, load_part, load_tokenizer, vae_config
-from .names import (
-    rename_clip,
-    rename_ldm_unet,
-    rename_ldm_vae,
-    rename_old_vae_attention,
-    rename_open_clip,
-    rename_taesd,
-)
+from .names import rename_clip, rename_ldm_unet, rename_ldm_vae, rename_open_clip, rename_taesd
 from .read import read_json, read_tensors, read_weights, weight_files
 from .save import model_index, new_folder, write_json, write_network, write_text_encoder, write_tokenizer
 from .sources import File, Folder, open_source, open_vae, read_part
@@ -23,5 +16,5 @@ from .sources import File, Folder, open_source, open_vae, read_part
 __all__ = ["LIGHTNING", "TURBO", "File", "Folder", "Part", "find", "find_vae", "load_module", "load_part",
            "load_tokenizer", "model_index", "new_folder", "open_source", "open_vae", "read_json",
            "read_part", "read_tensors", "read_weights", "rename_clip", "rename_ldm_unet", "rename_ldm_vae",
-           "rename_old_vae_attention", "rename_open_clip", "rename_taesd", "vae_config", "weight_files",
+           "rename_open_clip", "rename_taesd", "vae_config", "weight_files",
            "write_json", "write_network", "write_text_encoder", "write_tokenizer"]

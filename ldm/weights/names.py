@@ -16,9 +16,6 @@ from torch import Tensor
 State  = dict[str, Tensor]
 Rename = Callable[[State, Mapping[str, Tensor]], State]
 
-# Older versions of diffusers had names of their own for the autoencoder's attention; both kinds are around.
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 # LDM's names of what does not depend on a position in the network: pattern → ours.
 UNET_NAMES = (
     (r"^time_embed\.0\.",               "time_embedding.linear_1."),
@@ -51,6 +48,11 @@ VAE_NAMES = (
     (r"\.down\.(\d+)\.block\.",         r".down_blocks.\1.resnets."),
     (r"\.down\.(\d+)\.downsample\.",    r".down_blocks.\1.downsamplers.0."),
     (r"\.nin_shortcut\.",               ".conv_shortcut."),
+    # Older versions of diffusers had names of their own for the attention; both kinds are around.
+    (r"(\.attentions\.0)\.query\.",     r"\1.to_q."),
+    (r"(\.attentions\.0)\.key\.",       r"\1.to_k."),
+    (r"(\.attentions\.0)\.value\.",     r"\1.to_v."),
+    (r"(\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
 )
 OPEN_CLIP_NAMES = (
     (r"^positional_embedding$",         "embeddings.position_embedding.weight"),
@@ -90,9 +92,10 @@ def rename_ldm_unet(state: State, wanted: Mapping[str, Tensor]) -> State:
 
 
 def rename_ldm_vae(state: State, wanted: Mapping[str, Tensor]) -> State:
-    """An autoencoder in LDM names (`decoder.up.3.block.0.conv1.weight`), or as `rename_old_vae_attention`.
+    """An autoencoder in LDM names (`decoder.up.3.block.0.conv1.weight`), or those of older diffusers.
 
-    LDM numbers the decoder's levels by resolution, the finest is `up.0`; ours are numbered as they come.
+    LDM numbers the decoder's levels by resolution, the finest is `up.0`; ours are numbered as they come. The
+    attention's weights may be stored as convolutions of size 1, (C, C, 1, 1) or (C, C, 1); ours are (C, C).
     """
     last    = _count(wanted, "decoder.up_blocks.{}.resnets.0.conv1.weight") - 1
     renamed = {}
@@ -101,22 +104,9 @@ def rename_ldm_vae(state: State, wanted: Mapping[str, Tensor]) -> State:
         new = re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{last - int(match[1])}.", new)
         if ".up_blocks." in new:
             new = _replace(new, ((r"\.block\.", ".resnets."), (r"\.upsample\.", ".upsamplers.0.")))
+        if re.search(r"\.mid_block\.attentions\.0\.to_.*weight$", new) and tensor.shape[2:].numel() == 1:
+            tensor = tensor.flatten(1)
         renamed[new] = tensor
-    return rename_old_vae_attention(renamed, wanted)
-
-
-def rename_old_vae_attention(state: State, wanted: Mapping[str, Tensor]) -> State:
-    """`mid_block.attentions.0.query` → `to_q`, and so on.
-
-    Weights stored as convolutions of size 1, (C, C, 1, 1) or (C, C, 1), become the (C, C) of a linear layer.
-    """
-    renamed = {}
-    for name, tensor in state.items():
-        name = re.sub(r"(\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.",
-                      lambda match: f"{match[1]}.{OLD_ATTENTION[match[2]]}.", name)
-        if re.search(r"\.mid_block\.attentions\.0\.to_.*weight$", name) and tensor.shape[2:].numel() == 1:
-            tensor = tensor.flatten(1)                                      # (C, C, 1, 1) → (C, C)
-        renamed[name] = tensor
     return renamed
 
 

@@ -77,10 +77,14 @@ def read_pickle(file: Path) -> Any:
         except _Refused as error:
             raise ValueError(f"{file} {error}") from None
         except Exception as error:              # what goes wrong is the choice of the file
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            size   = file.stat().st_size
-            raise ValueError(f"{file} ({size:,} bytes) is truncated or not what it should be ({reason}): "
-                             "download it again") from error
+            raise ValueError(damaged(file, error)) from error
+
+
+def damaged(file: Path, error: Exception) -> str:
+    """What to say of a file that cannot be read."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    size   = file.stat().st_size
+    return f"{file} ({size:,} bytes) is truncated or not what it should be ({reason}): download it again"
 
 
 class _Refused(Exception):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .pickles import Global, Stub, read_pickle
+from .pickles import Global, Stub, damaged, read_pickle
 
 # How the names begin: diffusers' (U-Net, VAE), then transformers' (text encoder). Safetensors come first.
 STEMS  = {"safetensors": ("diffusion_pytorch_model", "model"),
@@ -151,7 +151,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}      # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(_damaged(file, error)) from error
+        raise ValueError(damaged(file, error)) from error
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(_damaged(path, error)) from error
+        raise ValueError(damaged(path, error)) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object {{…}}, but holds a {type(value).__name__}")
     return value
@@ -191,12 +191,6 @@ def _refuse_lfs_pointer(file: Path) -> None:
         if stream.read(24) == b"version https://git-lfs.":
             raise ValueError(f"{file} is not the file itself but a Git LFS pointer of {file.stat().st_size} "
                              "bytes: run `git lfs pull` in its repository, or download the file again")
-
-
-def _damaged(file: Path, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    size   = file.stat().st_size
-    return f"{file} ({size:,} bytes) is truncated or not what it should be ({reason}): download it again"
 
 
 def _listing(folder: Path) -> str:

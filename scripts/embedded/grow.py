@@ -42,8 +42,8 @@ def grow(small: UNet) -> UNet:
 
 @torch.no_grad()
 def widen(unet: UNet) -> UNet:
-    """A U-Net whose outer level has twice the channels: each beside its copy (Chen et al. 2016, "Net2Net",
-    section 2.2.1), so that every group of a GroupNorm keeps its statistics.
+    """A U-Net whose outer level has twice the channels: each beside its copy (Net2WiderNet, Chen et al.
+    2016), so that every group of a GroupNorm keeps its statistics.
 
     What reads a channel reads both copies, with two weights whose sum is the old one, but whose difference is
     random: so the copies learn different things. The answers are those of before, but for two norms on the
