@@ -28,7 +28,7 @@ def brighter(x, sigma):
     x0 = denoise(x, sigma).detach().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(pipe.vae.decode(x0).mean(), x0)
-    return x0.detach() + 0.2 * gradient / gradient.abs().mean()
+    return x0.detach() + 0.3 * gradient / gradient.abs().mean()
 
 
 ends, pictures = [], []
