@@ -20,7 +20,7 @@ from torch import Tensor
 from . import images
 from .denoiser import Denoise
 
-SPECK = 4 / 255         # what is not blacker in a mask counts as touched: more than the noise of a JPEG
+SPECK = 4 / 255         # what is brighter in a mask counts as touched; more than the noise of a JPEG
 
 
 def keep(denoise: Denoise, z: Tensor, mask: Tensor, noise: Tensor, start: float) -> Denoise:

@@ -85,12 +85,12 @@ class Run:
         shape = self.pipe.vae.config.latent_channels, height // self.unit, width // self.unit
         return seeded(self.seeds, shape, self.pipe.device)
 
-    def start(self, noise: Tensor) -> Tensor:
+    def start(self, noise: Tensor, stacklevel: int = 3) -> Tensor:
         """The state x that is noise alone. Warns where the σ's start so low that it should not be."""
         if self.sigmas[0] < self.pipe.schedule.sigma_max / 4:
             warnings.warn(f"The run starts at σ = {self.sigmas[0]:.2f} instead of "
                           f"{self.pipe.schedule.sigma_max:.2f}, so there will be little to see; "
-                          f"spacing='trailing' starts where the noise does.", stacklevel=3)
+                          f"spacing='trailing' starts where the noise does.", stacklevel=stacklevel)
         return noise * self.row.start_scale(self.sigmas[0], spacing=self.options.spacing,
                                             config=self.pipe.scheduler_config)
 

@@ -76,7 +76,8 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
 def _from_noise(run: Run) -> Any:
     with run.working():
         noise = run.noise()
-        x     = run.walk(run.denoise(), run.start(noise(0)), run.sigmas, lambda i: noise(i + 1))
+        x     = run.walk(run.denoise(), run.start(noise(0), stacklevel=4), run.sigmas,
+                         lambda i: noise(i + 1))
         return run.output(x)
 
 

@@ -2,7 +2,8 @@
 [--count 200] [--steps 25] …
 
 The prompts say colours, shapes, background, and where things are, in plain words; but those of one kind say
-no background, which then means a white one, those of another just "a red star", and those of a third "and".
+no background, which then means a white one; those of another only name a thing ("a red star"); and those of a
+third only join two with "and".
 On a CPU the networks are those of `ldm.fast.optimize`, which changes nothing but rounding.
 `scripts/embedded/checker.py` reads the pictures. Each share has a 95 % confidence interval (Wilson 1927), as
 if pictures of the same prompt were independent: with --seeds it is a little too narrow.

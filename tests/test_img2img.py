@@ -254,7 +254,12 @@ def test_what_costs_nothing_is_checked_before_a_model_is_loaded():
 def test_a_warning_comes_once_and_for_the_caller(pipe):
     with pytest.warns(UserWarning, match="guidance_scale=0") as warned:
         ldm.img2img("a cat", painting(), pipe, strength=1, guidance_scale=0, steps=2, spacing="trailing")
-    assert len(warned) == 1
+    assert [warning.filename for warning in warned] == [__file__]
+    for call in (lambda **options: ldm.sample("a cat", pipe, **options),
+                 lambda **options: ldm.img2img("a cat", painting(), pipe, strength=1, **options)):
+        with pytest.warns(UserWarning, match="there will be little to see") as warned:
+            call(sigmas=[1.0, 0.0], output_type="latent")
+        assert [warning.filename for warning in warned] == [__file__]
 
 
 # ── What makes no sense ─────────────────────────────────────────────────────────────────────────────────────

@@ -420,11 +420,24 @@ def test_a_scheduler_that_we_do_not_have(config):
 @pytest.mark.parametrize(("field", "value"), [("solver_type", "heun"), ("use_lu_lambdas", True),
                                               ("euler_at_final", True), ("interpolation_type", "log_linear"),
                                               ("lower_order_final", False), ("lambda_min_clipped", -5.1),
-                                              ("sigma_max", 10.0), ("variance_type", "fixed_large"),
-                                              ("clip_sample", True), ("thresholding", True)])
+                                              ("sigma_max", 10.0), ("thresholding", True)])
 def test_a_field_that_is_not_heeded_is_named(field, value):
     with pytest.warns(UserWarning, match=f"{field} = {value!r}, which ldm does not heed"):
         assert default_name({"_class_name": "DPMSolverMultistepScheduler", field: value}) == "dpmpp_2m"
+
+
+@pytest.mark.parametrize(("kind", "field", "heeded", "built_in"), [
+    ("DDPMScheduler", "variance_type", "fixed_large", "fixed_small"),
+    ("DDPMScheduler", "clip_sample", True, False), ("DDIMScheduler", "clip_sample", True, False),
+    ("DPMSolverSinglestepScheduler", "lower_order_final", True, False),
+])
+def test_a_field_is_named_only_for_classes_that_heed_it(kind, field, heeded, built_in, recwarn):
+    config = {"_class_name": kind, "algorithm_type": "dpmsolver", "solver_order": 2}
+    for other, value in ((kind, built_in), ("EulerDiscreteScheduler", heeded)):
+        default_name({**config, "_class_name": other, field: value})
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=f"{field} = {heeded!r}, which ldm does not heed"):
+        default_name({**config, field: heeded})
 
 
 def test_the_missing_fields_of_old_files():

@@ -156,8 +156,9 @@ def default_name(config: Mapping[str, Any]) -> str:
     if name is None:
         warnings.warn(f"The model's scheduler is {kind} (algorithm {algorithm}, order {order}), "
                       f"which ldm does not have; taking 'dpmpp_2m'.", stacklevel=2)
-    for field, usual in USUAL.items():
-        if config.get(field) not in (None, *usual):
+    usual = USUAL | USUAL_OF.get(str(kind), {})
+    for field in usual:
+        if config.get(field) not in (None, *usual[field]):
             warnings.warn(f"The model's scheduler_config.json has {field} = {config[field]!r}, which ldm "
                           f"does not heed: the pictures will differ from those of diffusers.", stacklevel=2)
     return name or "dpmpp_2m"
@@ -165,7 +166,11 @@ def default_name(config: Mapping[str, Any]) -> str:
 
 # Fields of a scheduler_config.json that change a method in diffusers, and the values that ldm has built in.
 USUAL = {"solver_type": ("midpoint",), "euler_at_final": (False,), "use_lu_lambdas": (False,),
-         "use_flow_sigmas": (False,), "interpolation_type": ("linear",), "lower_order_final": (True,),
-         "lambda_min_clipped": (-math.inf, "-inf"), "sigma_min": (), "sigma_max": (),
-         "variance_type": ("fixed_small", "fixed_small_log"), "clip_sample": (False,),
-         "thresholding": (False,)}
+         "use_flow_sigmas": (False,), "interpolation_type": ("linear",), "sigma_min": (), "sigma_max": (),
+         "lambda_min_clipped": (-math.inf, "-inf"), "thresholding": (False,)}
+# Those that only some classes heed; files of others carry them along.
+USUAL_OF = {"DDIMScheduler": {"clip_sample": (False,)}, "LCMScheduler": {"clip_sample": (False,)},
+            "HeunDiscreteScheduler": {"clip_sample": (False,)},
+            "DDPMScheduler": {"clip_sample": (False,), "variance_type": ("fixed_small", "fixed_small_log")},
+            "DPMSolverMultistepScheduler": {"lower_order_final": (True,)},
+            "DPMSolverSinglestepScheduler": {"lower_order_final": (False,)}}
