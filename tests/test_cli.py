@@ -434,4 +434,4 @@ def test_the_same_picture_comes_back_from_its_file(tmp_path, monkeypatch):
                               for name in ("pair-1.png", "alone.png", "again.png"))
     assert (again == alone).all()
     assert abs(in_batch - alone).max() <= 2                                      # of 255: rounding in a batch
-    assert abs(in_batch - np.asarray(Image.open("pair-0.png"))).mean() > 2       # another seed
+    assert abs(in_batch - np.asarray(Image.open("pair-0.png"))).max() > 50        # another seed
