@@ -156,21 +156,23 @@ def default_name(config: Mapping[str, Any]) -> str:
     if name is None:
         warnings.warn(f"The model's scheduler is {kind} (algorithm {algorithm}, order {order}), "
                       f"which ldm does not have; taking 'dpmpp_2m'.", stacklevel=2)
-    usual = USUAL | USUAL_OF.get(str(kind), {})
-    for field in usual:
-        if config.get(field) not in (None, *usual[field]):
+    for field, usual in {**USUAL, **USUAL_OF.get(str(kind), {})}.items():
+        if config.get(field) not in (None, *usual):
             warnings.warn(f"The model's scheduler_config.json has {field} = {config[field]!r}, which ldm "
                           f"does not heed: the pictures will differ from those of diffusers.", stacklevel=2)
     return name or "dpmpp_2m"
 
 
 # Fields of a scheduler_config.json that change a method in diffusers, and the values that ldm has built in.
-USUAL = {"solver_type": ("midpoint",), "euler_at_final": (False,), "use_lu_lambdas": (False,),
-         "use_flow_sigmas": (False,), "interpolation_type": ("linear",), "sigma_min": (), "sigma_max": (),
-         "lambda_min_clipped": (-math.inf, "-inf"), "thresholding": (False,)}
-# Those that only some classes heed; files of others carry them along.
-USUAL_OF = {"DDIMScheduler": {"clip_sample": (False,)}, "LCMScheduler": {"clip_sample": (False,)},
-            "HeunDiscreteScheduler": {"clip_sample": (False,)},
-            "DDPMScheduler": {"clip_sample": (False,), "variance_type": ("fixed_small", "fixed_small_log")},
-            "DPMSolverMultistepScheduler": {"lower_order_final": (True,)},
-            "DPMSolverSinglestepScheduler": {"lower_order_final": (False,)}}
+USUAL: Mapping[str, tuple[Any, ...]] = {
+    "solver_type": ("midpoint",), "euler_at_final": (False,), "use_lu_lambdas": (False,),
+    "use_flow_sigmas": (False,), "interpolation_type": ("linear",), "thresholding": (False,),
+    "lambda_min_clipped": (-math.inf, "-inf"), "sigma_min": (), "sigma_max": ()}
+# Those that only some classes heed; the files of others carry them along.
+USUAL_OF: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "DDIMScheduler": {"clip_sample": (False,)},
+    "DDPMScheduler": {"clip_sample": (False,), "variance_type": ("fixed_small", "fixed_small_log")},
+    "HeunDiscreteScheduler": {"clip_sample": (False,)},
+    "LCMScheduler": {"clip_sample": (False,)},
+    "DPMSolverMultistepScheduler": {"lower_order_final": (True,)},
+    "DPMSolverSinglestepScheduler": {"lower_order_final": (False,)}}
