@@ -2,8 +2,8 @@
 
 What the small one has learned about layout, words and shapes stands on its levels, which become the inner
 ones of the large one. The new outer level begins as a pass-through: the way down hands on the mean of every
-four latent pixels, the way up hands back the small one's answer at twice the size. Training then adds the
-details, and as those are all that this level has to draw, it is made twice as wide before.
+four latent pixels, the way up hands back the small one's answer at twice the size. `widen` gives this level,
+which alone sees the details, twice the channels; training then adds them.
 """
 
 import re
@@ -71,10 +71,9 @@ def widen(unet: UNet) -> UNet:
             parameter[:, ::2] = tensor
             continue
         if parameter.ndim > 1 and (more := parameter.shape[1] - tensor.shape[1]):
-            tail = tensor[:, -more:] / 2
-            tail = torch.stack([tail, tail], 2)
-            noise = torch.randn_like(tail[:, :, 0]) * tail.std()
-            tail = (tail + torch.stack([noise, -noise], 2)).flatten(1, 2)
-            tensor = torch.cat([tensor[:, :-more], tail], 1)
+            half   = tensor[:, -more:] / 2
+            noise  = torch.randn_like(half) * half.std()
+            both   = torch.stack([half + noise, half - noise], 2).flatten(1, 2)
+            tensor = torch.cat([tensor[:, :-more], both], 1)
         parameter.copy_(tensor)
     return new
