@@ -124,6 +124,7 @@ def inspect_parser() -> argparse.ArgumentParser:
         description="Tell what a checkpoint or a model's folder holds: family, prediction, dtypes, and what "
                     "becomes of every tensor. Nothing in it is run.")
     p.add_argument("file", metavar="FILE", help="a checkpoint (.safetensors, .ckpt …) or a folder")
+    p.add_argument("--variant", metavar="NAME", help="flavour of a folder's weight files, such as fp16")
     p.add_argument("--debug", action="store_true", help="show Python's stack trace of an error")
     return p
 
@@ -234,7 +235,7 @@ def make_pictures(given: dict[str, Any]) -> None:
 
 def show_report(given: dict[str, Any]) -> None:
     """`ldm inspect FILE`."""
-    print(ldm.inspect(given["file"]))
+    print(ldm.inspect(given["file"], given.get("variant")))
 
 
 def convert(given: dict[str, Any]) -> None:

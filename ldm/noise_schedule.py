@@ -66,8 +66,8 @@ class NoiseSchedule:
     def from_hf(cls, config: dict[str, Any]) -> "NoiseSchedule":
         """Reads the β's from a `scheduler_config.json` of diffusers, of any scheduler class.
 
-        A missing field has the default of diffusers' classes (linear, .0001 to .02), which are not Stable
-        Diffusion's values: its files always say scaled_linear, .00085 to .012.
+        A missing field has the default of diffusers' class (of most: linear, .0001 to .02), which is not
+        Stable Diffusion's value: its files always say scaled_linear, .00085 to .012.
 
         Raises:
             ValueError: a kind of schedule that is not implemented; names the field.
@@ -76,8 +76,12 @@ class NoiseSchedule:
             raise ValueError(f"scheduler_config.json is of {config['_class_name']}: its model was trained on "
                              f"other noise levels than a list of β's gives, and ldm has no such models.")
         get = {key: value for key, value in config.items() if value is not None}.get
-        steps, start, end = get("num_train_timesteps", 1000), get("beta_start", 0.0001), get("beta_end", 0.02)
-        kind = get("beta_schedule", "linear")
+        usual = {"HeunDiscreteScheduler": (0.00085, 0.012, "linear"),
+                 "LCMScheduler": (0.00085, 0.012, "scaled_linear")}.get(str(get("_class_name")),
+                                                                        (0.0001, 0.02, "linear"))
+        names = "beta_start", "beta_end", "beta_schedule"
+        start, end, kind = (get(name, value) for name, value in zip(names, usual, strict=True))
+        steps = get("num_train_timesteps", 1000)
         if get("trained_betas") is not None:
             schedule = cls(np.asarray(get("trained_betas")))
         elif kind == "linear":

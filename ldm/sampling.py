@@ -3,10 +3,12 @@
 A task is a start state, a slice of the σ's, and a wrapper of the denoiser; the rest is shared: `run.py`.
 
     function            starts from             σ's              denoises by
-    sample              √(1 + σ₀²)·noise        all              the guided network
+    sample              √(1 + σ₀²)·noise (*)    all              the guided network
     img2img             z + σ_k·noise           from σ_k         the guided network
     inpaint             one of these            from σ_k         `keep` around the guided network
       with 9 channels   one of these            from σ_k         the guided network, which is told the rest
+
+(*) or σ₀·noise, as the scheduler has it (`Row.start_scale`).
 """
 import inspect
 from collections.abc import Mapping, Sequence
@@ -49,10 +51,12 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
             alone or in any batch, on any device, to rounding (which on CUDA is TF32's in convolutions of
             float32, unless `torch.backends.cudnn.allow_tf32` is False).
         num_images: pictures for each prompt.
-        spacing: "leading", "trailing", "linspace", "karras", "exponential", "polyexponential" or "beta"; None
-            is the model's own. Instead of steps and spacing: `sigmas`, falling, with the end of the last step
-            (usually 0); or `timesteps`, falling, each a start of a step.
-        scheduler_options: arguments of the scheduler's function, such as {"eta": 0.5} for "ddim".
+        spacing: "leading", "trailing", "linspace", "karras", "exponential", "polyexponential" or "beta";
+            None: as the model's file says, else as is usual for the scheduler (`SCHEDULERS`). Instead of
+            steps and spacing: `sigmas`, falling, with the end of the last step (usually 0); or `timesteps`,
+            falling, each a start of a step.
+        scheduler_options: arguments of the scheduler's function, such as {"eta": 0.5} for "ddim"; or "noise":
+            a function i → the fresh noise of step i, (N, 4, h, w), for one that takes it.
         sizes, negative_sizes: what Stable Diffusion XL is told about the picture, see `Sizes`. The second,
             with the negative prompt, is the first where it is None.
         refiner: a second model that takes over for the last part of the run (Stable Diffusion XL's refiner).

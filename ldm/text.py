@@ -21,8 +21,8 @@ class ClipText:
 
         Stable Diffusion   encoder            D     which states
         1.x                CLIP ViT-L/14      768   the last, after the final LayerNorm
-        2.x                OpenCLIP ViT-H/14  1024  the same; but files hold 23 of the 24 layers, so that
-                                                    their last is the penultimate of the original
+        2.x                OpenCLIP ViT-H/14  1024  the same, of 23 of the original's 24 layers: folders hold
+                                                    no more, and of a file with 24 the last is left out
         XL base            CLIP ViT-L/14      768   the penultimate, without the final LayerNorm
         XL base, refiner   OpenCLIP bigG/14   1280  the same; and the *pooled* text as vector, (N, 1280):
                                                     the last state of the end token, projected
@@ -75,7 +75,7 @@ class ClipText:
         return str(self.tokenizer.decode(tokens[self.max_tokens - 2:])).strip()
 
 
-def without_last_layers(text: ClipText, count: int) -> ClipText:
+def without_last_layers(text: "ClipText | JoinedText", count: int) -> ClipText:
     """The encoder without its last `count` layers, its final LayerNorm after those that are left; the weights
     are shared. Some models derived from Stable Diffusion 1.x were trained so and say "clip skip 2", which is
     count=1 here and clip_skip=1 in diffusers.
@@ -89,7 +89,7 @@ def without_last_layers(text: ClipText, count: int) -> ClipText:
         ValueError: no layer would be left, or it is an encoder of XL, which reads the last layer but one by
             itself.
     """
-    if text.penultimate:
+    if isinstance(text, JoinedText) or text.penultimate:
         raise ValueError("XL already reads the last layer but one of its text encoders, as it was trained "
                          "to; only encoders of Stable Diffusion 1.x and 2.x can do without more of them.")
     model = copy.deepcopy(text.model, {id(p): p for p in text.model.parameters()})

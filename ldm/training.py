@@ -61,8 +61,8 @@ def offset_noise(noise: Tensor, strength: float, generator: torch.Generator | No
     The last timestep is not noise alone: with Stable Diffusion's βs it still holds .068 of the picture, and
     the mean over all h·w points shows it through noise whose own mean is only 1/√(h·w). A network that has
     learned to look there takes the mean of the pure noise that sampling begins with for that of a picture
-    neither dark nor bright (Lin et al. 2023, who change the schedule instead). A random offset hides the mean
-    while it is that small: `strength` should be above .068 of what the means of latents are.
+    neither dark nor bright (Lin et al. 2023, who change the schedule instead). A random offset hides so small
+    a trace: choose a `strength` above .068 times the usual size of the channel means of the latents.
     """
     offsets = torch.randn(noise.shape[:2], generator=generator).to(noise)
     return noise + strength * offsets[..., None, None]                                  # (N, C, 1, 1)

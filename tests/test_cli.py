@@ -2,7 +2,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -365,6 +365,17 @@ def test_a_checkpoint_of_two_dtypes_is_converted_without_loss(tmp_path):
         assert all(torch.equal(after[name], tensor.float()) for name, tensor in before.items())
 
 
+def test_another_autoencoder_is_converted_without_loss(tmp_path):
+    precise = ldm.load_vae(EMBEDDED, device="cpu", dtype="float32")
+    for p in precise.parameters():
+        p.data += 1e-5                                                          # which float16 cannot hold
+    replace(ldm.load(EMBEDDED, device="cpu"), vae=precise).save(tmp_path / "a")
+    run("convert", str(EMBEDDED), str(tmp_path / "b"), "--vae", str(tmp_path / "a"), "-q")
+    file = "vae/diffusion_pytorch_model.safetensors"
+    given, converted = (load_file(tmp_path / name / file) for name in "ab")
+    assert all(torch.equal(converted[name], tensor) for name, tensor in given.items())
+
+
 def test_a_folder_with_nothing_but_a_variant_is_told_and_converted(tmp_path, capsys):
     folder = tiny.write(tmp_path / "a")
     for file in [*folder.rglob("*.safetensors")]:
@@ -372,6 +383,10 @@ def test_a_folder_with_nothing_but_a_variant_is_told_and_converted(tmp_path, cap
                   file.with_name(f"{file.stem}.fp16.safetensors"), metadata={"format": "pt"})
         file.unlink()
     assert [*ldm.inspect(folder, "fp16").dtypes] == ["float16"]
+    run("inspect", str(folder), "--variant", "fp16")
+    assert capsys.readouterr().out == f"{ldm.inspect(folder, 'fp16')}\n"
+    assert cli.main(["inspect", str(folder)]) == 1
+    assert "There are those of fp16: give variant='fp16'." in capsys.readouterr().err
     run("convert", str(folder), str(tmp_path / "b"), "--variant", "fp16", "-q")
     for part in ("unet", "vae"):
         before = load_file(folder / part / "diffusion_pytorch_model.fp16.safetensors")

@@ -380,6 +380,7 @@ def test_a_picture_of_a_batch_is_the_same_alone(pipes, model, name):
     ({"mask": []},                         ValueError, "mask cannot be used.*list is empty"),
     ({"image": []},                        ValueError, "no picture: the list is empty"),
     ({"mask": [box_mask()] * 3},           ValueError, "3 pictures or masks for 1"),
+    ({"mask": box_mask(64, 74)},           ValueError, "mask of 74 × 64 .* same proportions"),
     ({"image": [painting(), painting(8)]}, ValueError, "one size.*72, 64.*72, 8"),
     ({"strength": 1.5},                    ValueError, "strength is 1.5"),
     ({"feather": -1},                      ValueError, "feather is -1"),
@@ -392,6 +393,16 @@ def test_a_picture_of_a_batch_is_the_same_alone(pipes, model, name):
 def test_arguments_that_make_no_sense(pipe, arguments, error, words):
     with pytest.raises(error, match=words):
         inpaint(pipe, **arguments)
+
+
+def test_a_window_holds_the_padding_or_the_feather_whichever_is_wider(pipe):
+    picture, mask = painting(96, 112), box_mask(96, 112, (40, 40, 72, 72))
+    for padding, feather, reach in ((0, 8, 8), (16, 8, 16)):
+        done, = inpaint(pipe, picture, mask, padding=padding, feather=feather, composite=feather < padding,
+                        output_type="pil")
+        changed = (np.array(done) != np.array(picture)).any(axis=2).nonzero()
+        found   = [(axis.min(), axis.max() + 1) for axis in changed]
+        assert found == [(40 - min(reach, 8), 72 + min(reach, 8))] * 2
 
 
 def test_models_for_other_tasks_say_so(tmp_path, pipes):

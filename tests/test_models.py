@@ -179,6 +179,15 @@ def test_timestep_embedding_is_the_formula():
     torch.testing.assert_close(timestep_embedding(t, width), torch.tensor(expected), rtol=0, atol=1e-4)
 
 
+def test_latents_of_the_tiny_autoencoder_are_shifted_and_scaled():
+    plain, shifted = TinyVAE(), TinyVAE(TinyVAEConfig(scaling_factor=0.5, shift_factor=2.0))
+    shifted.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        (mean, _), (mean2, _) = (vae.encode(torch.zeros(1, 3, 16, 16)) for vae in (plain, shifted))
+        torch.testing.assert_close(mean2, 0.5 * (mean - 2))
+        torch.testing.assert_close(shifted.decode(mean2), plain.decode(mean))
+
+
 def test_vae_latents_are_scaled_and_its_std_is_bounded():
     _, plain   = oracles.vae_pair(oracles.TINY_VAES["SD 1.5"], torch.float64)
     config     = {**oracles.TINY_VAES["SD 1.5"], "scaling_factor": 0.5, "shift_factor": 2.0}
@@ -313,9 +322,11 @@ def test_depth_counts_only_where_there_is_attention():
 def test_sdxl_without_its_vector_says_so():
     _, unet = oracles.unet_pair(oracles.TINY_UNETS["SDXL base"], torch.float32)
     _, inputs = oracles.unet_inputs(oracles.TINY_UNETS["SDXL base"], torch.float32, (8, 8))
-    del inputs["vector"]
-    with pytest.raises(ValueError, match=r"needs vector: a tensor \(N, 68\)"):
+    pooled = inputs.pop("vector")[:, :5]                                         # without the sizes
+    with pytest.raises(ValueError, match=r"needs vector: a tensor \(N, 68\), not None; Pipeline\.condition"):
         unet(**inputs)
+    with pytest.raises(ValueError, match=r"needs vector: a tensor \(N, 68\), not \(2, 5\)"):
+        unet(**inputs, vector=pooled)
 
 
 def test_lcm_without_its_guidance_scale_says_so():

@@ -41,6 +41,15 @@ def test_sigmas_are_those_of_diffusers(kind):
     assert len(ours) == len(alphas)
 
 
+@pytest.mark.parametrize("kind", [
+    "DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "LCM",
+    "DPMSolverSinglestep", "DPMSolverMultistep"])
+def test_a_file_without_betas_has_those_of_its_class(kind):
+    theirs = getattr(diffusers, f"{kind}Scheduler")()
+    np.testing.assert_allclose(NoiseSchedule.from_hf({"_class_name": f"{kind}Scheduler"}).betas,
+                               theirs.betas.numpy(), rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["SD", "linear", "cosine"])
 def test_zero_terminal_snr_is_that_of_diffusers(kind):
     config   = {**CONFIGS[kind], "rescale_betas_zero_snr": True}
@@ -221,6 +230,9 @@ def test_polyexponential_is_that_of_k_diffusion(steps, rho):
     """σ_i = exp(log σ_min + (1 − i/(n−1))^ρ · (log σ_max − log σ_min)); ρ = 1 is exponential."""
     expected = [LOW * (HIGH / LOW) ** ((1 - i / (steps - 1 or 1)) ** rho) for i in range(steps)]
     np.testing.assert_allclose(noise_schedule.polyexponential(steps, LOW, HIGH, rho), expected, rtol=1e-12)
+    if rho == 2:
+        assert np.array_equal(noise_schedule.polyexponential(steps, LOW, HIGH),
+                              noise_schedule.polyexponential(steps, LOW, HIGH, rho))
     if rho == 1:
         np.testing.assert_allclose(noise_schedule.exponential(steps, LOW, HIGH), expected, rtol=1e-12)
 

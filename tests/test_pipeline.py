@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ldm
+from ldm import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,15 @@ def test_parts_have_the_asked_dtype_but_an_autoencoder_that_overflows(copy):
         pipe = ldm.load(copy, device="cpu", dtype=torch.float16)
         assert next(pipe.vae.parameters()).dtype == expected
         assert next(pipe.unet.parameters()).dtype == torch.float16
+
+
+def test_the_fastest_device_there_is_and_float16_on_cuda_alone(monkeypatch):
+    for cuda, mps, wanted in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=cuda: found)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda found=mps: found)
+        device = pipeline._device(None)
+        assert device.type == wanted
+        assert pipeline._dtype(None, device) == (torch.float16 if wanted == "cuda" else torch.float32)
 
 
 def test_a_model_in_bfloat16_gives_nearly_the_same_picture(model):

@@ -1,5 +1,6 @@
 """ldm.sample from end to end: against diffusers, against itself, and with arguments that make no sense."""
 import dataclasses
+import warnings
 
 import numpy as np
 import PIL.Image
@@ -171,6 +172,16 @@ def test_text_encoder_and_unet_may_have_different_dtypes(folder, part):
     np.testing.assert_allclose(pixels("a cat", mixed), expected, atol=1e-4)
 
 
+def test_the_noise_of_the_steps_may_be_ones_own(pipe):
+    taken = []
+    def noise(i):
+        taken.append(i)
+        return torch.zeros(1, 4, 8, 8)
+    still = pixels("a red cat", pipe, scheduler="ddim", scheduler_options={"eta": 1.0, "noise": noise})
+    assert taken == [0, 1, 2]
+    assert not np.allclose(still, pixels("a red cat", pipe, scheduler="ddim", scheduler_options={"eta": 1.0}))
+
+
 def test_numpys_integers_are_seeds(pipe):
     wanted = pixels("a cat", pipe, seed=[3, 4], num_images=2)
     np.testing.assert_array_equal(pixels("a cat", pipe, seed=np.int64(3), num_images=2), wanted)
@@ -227,6 +238,19 @@ def test_guidance_scale_zero_is_warned_of(pipe):
         zero = pixels("a cat", pipe, negative_prompt="bad", guidance_scale=0)
     assert seen[0].filename == __file__
     np.testing.assert_allclose(zero, pixels("bad", pipe, guidance_scale=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+def test_the_usual_start_with_leading_spacing_is_not_warned_of(pipe, steps):
+    with warnings.catch_warnings(action="error"):
+        pixels("a red cat", pipe, steps=steps, spacing="leading",
+               scheduler=lambda denoise, x, sigmas: iter([x]))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bar_is_shown_where_it_is_asked_for(pipe, shown, capsys):
+    pixels("a red cat", pipe, steps=2, progress=shown)
+    assert ("2/2" in capsys.readouterr().err) == shown
 
 
 def test_few_steps_with_leading_spacing_are_warned_of(pipe):

@@ -240,6 +240,7 @@ def test_unet_configs_come_back(name):
         assert (theirs.config.sample_size, again.config.sample_size) == (32, 64)
         different.remove("sample_size")
     assert different <= {"attention_head_dim", "transformer_layers_per_block", "upcast_attention"}
+    assert bool(again.config.upcast_attention) == bool(theirs.config.upcast_attention)
     assert {name: tensor.shape for name, tensor in theirs.state_dict().items()} == {
             name: tensor.shape for name, tensor in again.state_dict().items()}
 
@@ -255,7 +256,7 @@ def test_autoencoder_configs_come_back():
                              shift_factor=0.1, force_upcast=False, quant_conv=False, post_quant_conv=False,
                              mid_attention=False)):
         assert VAEConfig.from_hf(config.to_hf()) == config
-    for config in (TinyVAEConfig(), TinyVAEConfig.from_hf(TINY_TAESD)):
+    for config in (TinyVAEConfig(), TinyVAEConfig.from_hf(TINY_TAESD), TinyVAEConfig(shift_factor=2.0)):
         assert TinyVAEConfig.from_hf(config.to_hf()) == config
 
 

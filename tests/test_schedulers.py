@@ -2,6 +2,7 @@
 import inspect
 import warnings
 
+import diffusers
 import numpy as np
 import oracles
 import pytest
@@ -422,17 +423,40 @@ def test_a_scheduler_that_we_do_not_have(config):
                                               ("lower_order_final", False), ("lambda_min_clipped", -5.1),
                                               ("sigma_max", 10.0), ("thresholding", True)])
 def test_a_field_that_is_not_heeded_is_named(field, value):
+    config = {"_class_name": "DPMSolverMultistepScheduler", "final_sigmas_type": "sigma_min", field: value}
     with pytest.warns(UserWarning, match=f"{field} = {value!r}, which ldm does not heed"):
+        assert default_name(config) == "dpmpp_2m"
+
+
+@pytest.mark.parametrize("steps", [8, 20])
+@pytest.mark.parametrize(("field", "value"), [("euler_at_final", True), ("lower_order_final", False)])
+def test_fields_about_the_last_step_are_named_only_if_it_does_not_end_at_zero(field, value, steps):
+    """diffusers ends with a lower order below 15 steps unless told not to, and above if told to."""
+    def end(**fields):
+        theirs = diffusers.DPMSolverMultistepScheduler.from_config({**oracles.SD, **fields})
+        theirs.set_timesteps(steps)
+        x = torch.linspace(-1, 1, 8, dtype=torch.float64) * theirs.init_noise_sigma
+        for t in theirs.timesteps:
+            x = theirs.step(torch.sin(3 * x), t, x).prev_sample
+        return x
+    assert torch.equal(end(**{field: value}), end())
+    with warnings.catch_warnings(action="error"):
         assert default_name({"_class_name": "DPMSolverMultistepScheduler", field: value}) == "dpmpp_2m"
+    above = end(final_sigmas_type="sigma_min")
+    differ = not torch.equal(end(final_sigmas_type="sigma_min", **{field: value}), above)
+    assert differ == ((field, steps) in {("euler_at_final", 20), ("lower_order_final", 8)})
 
 
 @pytest.mark.parametrize(("kind", "field", "heeded", "built_in"), [
     ("DDPMScheduler", "variance_type", "fixed_large", "fixed_small"),
     ("DDPMScheduler", "clip_sample", True, False), ("DDIMScheduler", "clip_sample", True, False),
+    ("DPMSolverMultistepScheduler", "lower_order_final", False, True),
     ("DPMSolverSinglestepScheduler", "lower_order_final", True, False),
 ])
 def test_a_field_is_named_only_for_classes_that_heed_it(kind, field, heeded, built_in, recwarn):
-    config = {"_class_name": kind, "algorithm_type": "dpmsolver", "solver_order": 2}
+    multistep = kind == "DPMSolverMultistepScheduler"
+    config = {"_class_name": kind, "algorithm_type": "dpmsolver++" if multistep else "dpmsolver",
+              "solver_order": 3 if multistep else 2}
     for other, value in ((kind, built_in), ("EulerDiscreteScheduler", heeded)):
         default_name({**config, "_class_name": other, field: value})
     assert not recwarn.list
@@ -450,6 +474,11 @@ def test_find():
     assert find("euler") is SCHEDULERS["euler"]
     with pytest.raises(ValueError, match=r"no scheduler 'eular'; there are ddim, .*or any function"):
         find("eular")
+    with pytest.raises(ValueError, match=r"no scheduler 'dpmpp_2m_karras'.* spacing='karras'"):
+        find("dpmpp_2m_karras")
+    own, file = find(lambda denoise, x, sigmas: iter(())), {"timestep_spacing": "leading"}
+    assert own.sigmas(SD_SCHEDULE, 4) == SD_SCHEDULE.sigmas(4, "trailing")
+    assert own.sigmas(SD_SCHEDULE, 4, config=file) == SD_SCHEDULE.sigmas(4, "leading")
 
     def mine(denoise, x, sigmas, noise):
         yield x

@@ -336,6 +336,8 @@ def test_load_vae(made, tmp_path):
     assert scaled.config.scaling_factor == 0.13025
     pipe = ldm.load(path, device="cpu", vae=tmp_path / "bare.safetensors")      # its scale is the model's own
     assert pipe.vae.config == ldm.load(path, device="cpu").vae.config
+    half = ldm.load(path, device="cpu", dtype="bfloat16", vae=tmp_path / "bare.safetensors")
+    assert {p.dtype for p in half.vae.parameters()} == {torch.bfloat16}
     assert ldm.load_vae(path, scaling_factor=0.18215).config.scaling_factor == 0.13025      # of a whole file
     with pytest.raises(ValueError, match=r"like an autoencoder in LDM names.*read it with ldm\.load_vae"):
         ldm.load(tmp_path / "bare.safetensors")

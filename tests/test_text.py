@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import ldm
-from ldm.text import without_last_layers
+from ldm.text import JoinedText, without_last_layers
 
 
 @pytest.fixture(scope="module")
@@ -75,5 +75,7 @@ def test_clip_skip_is_refused_where_it_means_nothing(text):
     for count in (3, -1):
         with pytest.raises(ValueError, match=f"3 layers: from 0 to 2 of them can be left out, not {count}"):
             without_last_layers(text, count)
-    with pytest.raises(ValueError, match="XL already reads the last layer but one"):
-        without_last_layers(replace(text, penultimate=True), 1)
+    penultimate = replace(text, penultimate=True)
+    for of_xl in (penultimate, JoinedText(penultimate, penultimate)):             # the refiner's, the base's
+        with pytest.raises(ValueError, match="XL already reads the last layer but one"):
+            without_last_layers(of_xl, 1)

@@ -107,6 +107,16 @@ def test_timesteps_cover_the_range_and_favour_the_noisy_end_as_asked():
         training.sample_timesteps(10, total=500, noisy_share=.1)
 
 
+def test_what_is_drawn_is_the_generators_alone():
+    noise = torch.ones(2, 4, 3, 5)
+    for draw in (lambda g: training.sample_timesteps(9, noisy_share=.3, generator=g),
+                 lambda g: training.drop_captions(torch.ones(40, 2, 3), torch.zeros(1, 2, 3), .5, g),
+                 lambda g: training.offset_noise(noise, .3, g)):
+        before = torch.get_rng_state()
+        assert draw(torch.Generator().manual_seed(0)).equal(draw(torch.Generator().manual_seed(0)))
+        assert torch.get_rng_state().equal(before)
+
+
 def test_the_largest_uniform_number_is_not_rounded_to_a_time_that_does_not_exist(monkeypatch):
     largest = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, largest))

@@ -57,6 +57,12 @@ def lcm_theirs(folder, kind, **arguments):
                     num_images_per_prompt=2, output_type="np", **arguments).images
 
 
+def test_a_consistency_model_that_is_not_told_the_scale_is_not_guided(tmp_path):
+    folder = tiny.write(tmp_path)
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({**oracles.SD, **LCM}))
+    assert ldm.load(folder, device="cpu").defaults == Defaults("lcm", 4, 1.0, 64, 64)
+
+
 def close(a, b, tolerance=1e-4):
     assert a.shape == b.shape
     return np.abs(a - b).max() < tolerance

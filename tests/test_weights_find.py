@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub.constants
 import pytest
 
+import ldm
 from ldm.weights.find import find, find_vae, wanted
 
 COMMIT, OLDER = "a" * 40, "b" * 40
@@ -145,6 +146,11 @@ def test_local_folders_that_are_no_pipelines(tmp_path, monkeypatch, no_network):
     write(tmp_path / "model", "unet/config.json")
     with pytest.raises(FileNotFoundError, match=r"model_index\.json is missing\. In the folder: unet"):
         find(tmp_path / "model")
+    write(tmp_path / "model", "transformer/config.json")
+    (tmp_path / "model/model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    for read in (find, ldm.inspect):
+        with pytest.raises(ValueError, match=r"is a StableDiffusion3Pipeline without a U-Net; ldm reads"):
+            read(tmp_path / "model")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a file, where a folder"):
         find("model.safetensors")
@@ -197,8 +203,10 @@ def test_wanted_refuses_what_is_no_pipeline():
                        match=r"org/dit is not a pipeline of U-Net.*: no unet/config\.json, but"):
         wanted("org/dit", ["model_index.json", "vae/config.json", "transformer/config.json"], None)
     with pytest.raises(FileNotFoundError,
-                       match=r"neither safetensors nor \.bin weights in unet/, but config\.json"):
+                       match=r"no plain safetensors or \.bin weights in unet/\. There: config\.json"):
         wanted("x", [*SMALL, *PLAIN[1:], "unet/diffusion_flax_model.msgpack"], None)
+    with pytest.raises(FileNotFoundError, match=r"in unet/\. There are those of fp16: give variant='fp16'\."):
+        wanted("x", [*SMALL, *FP16], None)
     with pytest.raises(ValueError,
                        match=r"No component of x has weights of variant 'fp16', only plain ones: leave"):
         wanted("x", [*SMALL, *PLAIN], "fp16")
@@ -258,7 +266,7 @@ def test_revisions(hub):
 
 def test_repositories_that_are_refused(hub):
     with pytest.raises(FileNotFoundError,
-                       match=r"no repository http.*/org/typo \(or.* no folder .*org/typo$"):
+                       match=r"no repository http.*/org/typo \(it may .* no folder .*org/typo$"):
         find("org/typo")
     hub.repositories["org/gated"] = "GatedRepo"                     # its listing is public, its files are not
     with pytest.raises(PermissionError,
@@ -377,8 +385,11 @@ def test_the_autoencoder_of_a_whole_model(hub):
 
 def test_repositories_without_an_autoencoder(hub, tmp_path):
     hub.repositories["org/lora"] = repository("lora.safetensors", "unet/config.json")
-    with pytest.raises(FileNotFoundError, match=r"org/lora has no autoencoder .*but lora\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"org/lora has no autoencoder .*There: lora\.safetensors"):
         find_vae("org/lora")
+    hub.repositories["org/vae"] = repository(VAE[0], VAE[1].replace(".safetensors", ".fp16.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"There are those of fp16: give variant='fp16'\."):
+        find_vae("org/vae")
     with pytest.raises(FileNotFoundError, match="There is no repository"):
         find_vae("org/none")
     hub.asked.clear()

@@ -266,7 +266,8 @@ class UNet(nn.Module):
             (N, out_channels, h, w): ε, v or x₀, as the weights were trained; the network does not know.
 
         Raises:
-            ValueError: an SDXL U-Net without vector, an LCM one without guidance.
+            ValueError: an SDXL U-Net without vector or with one of another width, an LCM one without
+                guidance.
         """
         time, scale = timestep_embedding(t.expand(len(x)), self.config.channels[0]).to(x.dtype), None
         if self.config.guidance_dim is not None:
@@ -275,8 +276,10 @@ class UNet(nn.Module):
             scale = guidance_embedding(guidance, self.config.guidance_dim).to(x.dtype)
         time = self.time_embedding(time, scale)
         if self.add_embedding is not None:
-            if vector is None:
-                raise ValueError(f"This U-Net (SDXL) needs vector: a tensor (N, {self.config.vector_dim}).")
+            if vector is None or vector.shape[-1] != self.config.vector_dim:
+                found = vector if vector is None else tuple(vector.shape)
+                raise ValueError(f"This U-Net (SDXL) needs vector: a tensor (N, {self.config.vector_dim}), "
+                                 f"not {found}; Pipeline.condition makes it.")
             time = time + self.add_embedding(vector)
 
         x = self.conv_in(x)

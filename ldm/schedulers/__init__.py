@@ -131,7 +131,8 @@ def find(scheduler: str | Scheduler) -> Row:
         return Row(scheduler, spacing="trailing")
     if scheduler not in SCHEDULERS:
         raise ValueError(f"There is no scheduler {scheduler!r}; there are {', '.join(SCHEDULERS)}, "
-                         f"or any function (denoise, x, sigmas) that yields x after each step.")
+                         f"or any function (denoise, x, sigmas) that yields x after each step. "
+                         f"Karras, exponential and beta are spacings: spacing='karras'.")
     return SCHEDULERS[scheduler]
 
 
@@ -156,7 +157,12 @@ def default_name(config: Mapping[str, Any]) -> str:
     if name is None:
         warnings.warn(f"The model's scheduler is {kind} (algorithm {algorithm}, order {order}), "
                       f"which ldm does not have; taking 'dpmpp_2m'.", stacklevel=2)
-    for field, usual in {**USUAL, **USUAL_OF.get(str(kind), {})}.items():
+    heeded = {**USUAL, **USUAL_OF.get(str(kind), {})}
+    if config.get("final_sigmas_type") != "sigma_min":          # the last step, to zero, is Euler's anyway
+        del heeded["euler_at_final"]
+        if kind == "DPMSolverMultistepScheduler" and order < 3:
+            del heeded["lower_order_final"]
+    for field, usual in heeded.items():
         if config.get(field) not in (None, *usual):
             warnings.warn(f"The model's scheduler_config.json has {field} = {config[field]!r}, which ldm "
                           f"does not heed: the pictures will differ from those of diffusers.", stacklevel=2)

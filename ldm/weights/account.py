@@ -11,6 +11,7 @@ from torch import Tensor
 from ..printable import printable
 from . import detect
 from .detect import UNKNOWN
+from .find import find
 from .load import Part, plan, shown, skeleton
 from .read import read_checkpoint
 from .sources import Folder, open_file, read_part
@@ -76,11 +77,12 @@ def inspect(path: str | Path, variant: str | None = None) -> Report:
           folder in Hugging Face layout, of a pipeline or of one part.
     variant: flavour of the weight files of a folder, such as "fp16".
 
-    FileNotFoundError: there is none. ValueError: a damaged file.
+    Returns a `Report`; `print` shows it. FileNotFoundError: there is none. ValueError: a damaged file.
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"There is no file or folder {path.absolute()}")
+        raise FileNotFoundError(f"There is no file or folder {path.absolute()} (repositories on the Hub are "
+                                "not inspected: download one first)")
     return _folder(path, variant) if path.is_dir() else _file(path)
 
 
@@ -107,7 +109,7 @@ def _file(path: Path) -> Report:
 
 def _folder(path: Path, variant: str | None) -> Report:
     if (path / "model_index.json").is_file():
-        source = Folder(path, variant)
+        source = Folder(find(path, variant=variant), variant)
         parts  = {name: source.part(name) for name in ("unet", "vae", *source.encoders)}
         found  = source.scheduler.get("prediction_type") or "epsilon"
         family = detect.find_family(parts["unet"].config, found, path.name)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .read import choose, file_names, read_json, shards, variants
+from .read import choose, file_names, of_variants, read_json, shards, variants
 
 # What we read of a pipeline; a repository has more (safety checker, Flax, ONNX, single-file checkpoints).
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -36,7 +36,10 @@ def find(name: str | Path, *, revision: str | None = None, variant: str | None =
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for repositories on the Hub; {folder} is a folder")
-        read_json(folder / "model_index.json")
+        index = read_json(folder / "model_index.json")
+        if "unet" not in index:
+            raise ValueError(f"{folder} is a {index.get('_class_name', 'pipeline')} without a U-Net; ldm "
+                             "reads Stable Diffusion 1.x, 2.x and XL")
         files = [f"{part}/{file}" for part in WITH_WEIGHTS for file in file_names(folder / part)]
         _require_variant(folder, files, variant)
         return folder
@@ -74,7 +77,7 @@ def find_vae(name: str | Path, *, revision: str | None = None, variant: str | No
         weights = choose(names, variant)
         if weights is None or "config.json" not in names:
             raise FileNotFoundError(f"{name} has no autoencoder in Hugging Face layout (config.json and "
-                                    "weights, at the top or in vae/), but "
+                                    f"weights, at the top or in vae/).{of_variants(names)} There: "
                                     f"{', '.join(sorted(listing)[:12]) or 'nothing'}")
         return [part + file for file in ("config.json", weights.main, *weights.shards)]
 
@@ -97,8 +100,8 @@ def wanted(name: str, listing: Collection[str], variant: str | None) -> list[str
         if names := _inside(listing, part):
             weights = choose(names, variant)
             if weights is None:
-                raise FileNotFoundError(f"{name} has neither safetensors nor .bin weights in {part}/, but "
-                                        f"{', '.join(sorted(names)[:12])}")
+                raise FileNotFoundError(f"{name} has no plain safetensors or .bin weights in {part}/."
+                                        f"{of_variants(names)} There: {', '.join(sorted(names)[:12])}")
             files += [f"{part}/{file}" for file in (weights.main, *weights.shards)]
     return files
 
@@ -200,8 +203,8 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
     except errors.GatedRepoError as error:          # a kind of RepositoryNotFoundError, hence first
         raise PermissionError(f"{name} is gated: accept its terms on {page}, then `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"There is no repository {page} (or it is private: `hf auth login`), and no "
-                                f"folder {Path(name).absolute()}") from error
+        raise FileNotFoundError(f"There is no repository {page} (it may have been deleted, or be private: "
+                                f"`hf auth login`), and no folder {Path(name).absolute()}") from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{page} has no branch, tag or commit {revision!r}") from error
     except Exception as error:                      # offline, no connection, a proxy, a full disk …

@@ -59,6 +59,12 @@ def variants(names: Collection[str]) -> set[str]:
     return {match["variant"] for match in map(pattern.fullmatch, names) if match}
 
 
+def of_variants(names: Collection[str]) -> str:
+    """For messages about files without plain weights: how to read those of variants, if there are some."""
+    found = sorted(variants(names))
+    return f" There are those of {', '.join(found)}: give variant={found[0]!r}." if found else ""
+
+
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The files with the tensors of the component in `folder`: one, or all shards of an index.
 
@@ -68,7 +74,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     weights = choose(file_names(folder), variant)
     if weights is None:
         wish = f" of variant {variant!r} or plain" if variant else ""
-        raise FileNotFoundError(f"{folder} has no weights{wish} (safetensors or .bin). {_listing(folder)}")
+        raise FileNotFoundError(f"{folder} has no weights{wish} (safetensors or .bin)."
+                                f"{of_variants(file_names(folder))} {_listing(folder)}")
     if weights.variant != variant:
         warnings.warn(f"{folder.name} has no {variant!r} weights: {weights.main} is read", stacklevel=2)
     file = folder / weights.main
@@ -198,6 +205,4 @@ def _listing(folder: Path) -> str:
     if not folder.is_dir():
         return f"There is no folder {folder}"
     names = sorted(path.name for path in folder.iterdir())
-    other = ", ".join(sorted(variants(names)))
-    return (f"In the folder: {', '.join(names[:12]) or 'nothing'}{' …' if len(names) > 12 else ''}"
-            f"{f'. Variants: {other}' if other else ''}")
+    return f"In the folder: {', '.join(names[:12]) or 'nothing'}{' …' if len(names) > 12 else ''}"
