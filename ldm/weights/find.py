@@ -29,7 +29,7 @@ def find(name: str | Path, *, revision: str | None = None, variant: str | None =
     variant:  the set of weights that is wanted, "fp16" say. A component without it gives its plain weights.
 
     FileNotFoundError: no such folder, repository or revision, or not a pipeline.
-    ValueError: no component has the variant, or a revision is given for a folder.
+    ValueError: a folder without a U-Net; no component has the variant; or a revision is given for a folder.
     PermissionError: a gated repository. ConnectionError: the download failed.
     """
     folder = Path(name).expanduser()
