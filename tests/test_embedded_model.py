@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "embedd
 
 import checker
 import limits
+import outlines
 from world import COLOURS, SHAPES, Scene, Thing, render
 
 FOLDER = Path(ldm.__file__).parent / "assets" / "shapes"
@@ -169,6 +170,18 @@ def test_the_text_encoder_tells_the_first_thing_from_the_second(pipe):
     taught  = torch.arange(800) % 2 == 0
     linear  = torch.linalg.lstsq(shapes[taught], where[taught, None]).solution[:, 0]
     assert ((shapes[~taught] @ linear).sign() == where[~taught]).double().mean() > .98
+
+
+def test_outlines_suffer_from_noise_and_a_wrong_shape_has_none(pipe, monkeypatch):
+    from evaluate import scenes_of
+    scenes = scenes_of("one thing", 6, seed=3)
+    (kept, near), (_, far) = (outlines.likenesses(pipe, scenes, strength, 10) for strength in (0., .6))
+    assert (kept, near) == (6, pytest.approx(.97, abs=.015))
+    assert .8 < far < near < outlines.likenesses(pipe, scenes, None, 10)[1] <= 1
+    others = [replace(scene, things=tuple(replace(thing, shape="ring" if thing.shape == "cross" else "cross")
+                                          for thing in scene.things)) for scene in scenes]
+    monkeypatch.setattr(outlines, "render", lambda scene, size: render(others[scenes.index(scene)], size))
+    assert outlines.likenesses(pipe, scenes, 0., 10) == (0, 0)
 
 
 @pytest.mark.parametrize("strength", [.8, 1., 1.2])
