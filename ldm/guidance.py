@@ -72,7 +72,8 @@ def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denois
 
 
 def switch(above: Denoise, below: Denoise, sigma: float) -> Denoise:
-    """The ensemble of expert denoisers (Balaji et al. 2022, "eDiff-I"): `above` from `sigma` on, or `below`.
+    """The ensemble of expert denoisers (Balaji et al. 2022, "eDiff-I"): `above` for levels ≥ sigma, else
+    `below`.
 
     So Stable Diffusion XL hands over to its refiner within *one* run of one scheduler, whose history goes on.
     """

@@ -76,8 +76,11 @@ class NoiseSchedule:
             raise ValueError(f"scheduler_config.json is of {config['_class_name']}: its model was trained on "
                              f"other noise levels than a list of β's gives, and ldm has no such models.")
         get = {key: value for key, value in config.items() if value is not None}.get
-        classes = {"HeunDiscreteScheduler": (0.00085, 0.012, "linear"),
-                   "LCMScheduler":          (0.00085, 0.012, "scaled_linear")}
+        classes = {"HeunDiscreteScheduler":           (0.00085, 0.012, "linear"),
+                   "KDPM2DiscreteScheduler":          (0.00085, 0.012, "linear"),
+                   "KDPM2AncestralDiscreteScheduler": (0.00085, 0.012, "linear"),
+                   "LCMScheduler":                    (0.00085, 0.012, "scaled_linear"),
+                   "TCDScheduler":                    (0.00085, 0.012, "scaled_linear")}
         start, end, kind = classes.get(str(get("_class_name")), (0.0001, 0.02, "linear"))
         start, end  = get("beta_start", start), get("beta_end", end)
         steps, kind = get("num_train_timesteps", 1000), get("beta_schedule", kind)

@@ -52,9 +52,9 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
             float32, unless `torch.backends.cudnn.allow_tf32` is False).
         num_images: pictures for each prompt.
         spacing: "leading", "trailing", "linspace", "karras", "exponential", "polyexponential" or "beta";
-            None: as the model's file says, else as is usual for the scheduler (`SCHEDULERS`). Instead of
-            steps and spacing: `sigmas`, falling, with the end of the last step (usually 0); or `timesteps`,
-            falling, each a start of a step.
+            None: as the model's file says, where the scheduler heeds it, else as is usual for the scheduler
+            (`SCHEDULERS`). Instead of steps and spacing: `sigmas`, falling, with the end of the last step
+            (usually 0); or `timesteps`, falling, each a start of a step.
         scheduler_options: arguments of the scheduler's function, such as {"eta": 0.5} for "ddim"; or "noise":
             a function i → the fresh noise of step i, (N, 4, h, w), for one that takes it.
         sizes, negative_sizes: what Stable Diffusion XL is told about the picture, see `Sizes`. The second,

@@ -43,7 +43,8 @@ def test_sigmas_are_those_of_diffusers(kind):
 
 @pytest.mark.parametrize("kind", [
     "DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "LCM",
-    "DPMSolverSinglestep", "DPMSolverMultistep"])
+    "DPMSolverSinglestep", "DPMSolverMultistep", "DEISMultistep", "UniPCMultistep", "TCD", "KDPM2Discrete",
+    "KDPM2AncestralDiscrete"])
 def test_a_file_without_betas_has_those_of_its_class(kind):
     theirs = getattr(diffusers, f"{kind}Scheduler")()
     np.testing.assert_allclose(NoiseSchedule.from_hf({"_class_name": f"{kind}Scheduler"}).betas,

@@ -390,6 +390,9 @@ def test_repositories_without_an_autoencoder(hub, tmp_path):
     hub.repositories["org/vae"] = repository(VAE[0], VAE[1].replace(".safetensors", ".fp16.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"There are those of fp16: give variant='fp16'\."):
         find_vae("org/vae")
+    hub.repositories["org/vae"] = repository(VAE[1].replace(".safetensors", ".fp16.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"at the top or in vae/\)\. There: diffusion_pytorch_model"):
+        find_vae("org/vae")
     with pytest.raises(FileNotFoundError, match="There is no repository"):
         find_vae("org/none")
     hub.asked.clear()

@@ -85,6 +85,9 @@ def test_weight_files_without_weights_says_what_is_there(tmp_path):
         weight_files(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'ema' or plain"):
         weight_files(tmp_path, "ema")
+    (tmp_path / "diffusion_pytorch_model.ema-00001-of-00002.bin").write_bytes(b"")      # without an index
+    with pytest.raises(FileNotFoundError, match=r"those of fp16: give variant='fp16'\."):
+        weight_files(tmp_path, "ema")
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         weight_files(tmp_path / "unet")
 

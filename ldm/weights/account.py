@@ -77,7 +77,8 @@ def inspect(path: str | Path, variant: str | None = None) -> Report:
           folder in Hugging Face layout, of a pipeline or of one part.
     variant: flavour of the weight files of a folder, such as "fp16".
 
-    Returns a `Report`; `print` shows it. FileNotFoundError: there is none. ValueError: a damaged file.
+    Returns a `Report`; `print` shows it. FileNotFoundError: there is none. ValueError: a damaged file, a
+    folder without a U-Net, or a variant of which it has no weights.
     """
     path = Path(path).expanduser()
     if not path.exists():

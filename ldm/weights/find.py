@@ -76,8 +76,9 @@ def find_vae(name: str | Path, *, revision: str | None = None, variant: str | No
         names   = [path.removeprefix(part) for path in listing if path.startswith(part)]
         weights = choose(names, variant)
         if weights is None or "config.json" not in names:
+            others = of_variants(names) if "config.json" in names else ""
             raise FileNotFoundError(f"{name} has no autoencoder in Hugging Face layout (config.json and "
-                                    f"weights, at the top or in vae/).{of_variants(names)} There: "
+                                    f"weights, at the top or in vae/).{others} There: "
                                     f"{', '.join(sorted(listing)[:12]) or 'nothing'}")
         return [part + file for file in ("config.json", weights.main, *weights.shards)]
 

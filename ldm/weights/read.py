@@ -61,7 +61,7 @@ def variants(names: Collection[str]) -> set[str]:
 
 def of_variants(names: Collection[str]) -> str:
     """For messages about files without plain weights: how to read those of variants, if there are some."""
-    found = sorted(variants(names))
+    found = sorted(v for v in variants(names) if (there := choose(names, v)) and there.variant == v)
     return f" There are those of {', '.join(found)}: give variant={found[0]!r}." if found else ""
 
 
