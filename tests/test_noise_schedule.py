@@ -41,6 +41,7 @@ def test_sigmas_are_those_of_diffusers(kind):
     assert len(ours) == len(alphas)
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__")                  # of diffusers' KDPM2, from numpy
 @pytest.mark.parametrize("kind", [
     "DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "LCM",
     "DPMSolverSinglestep", "DPMSolverMultistep", "DEISMultistep", "UniPCMultistep", "TCD", "KDPM2Discrete",
