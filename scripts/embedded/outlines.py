@@ -25,8 +25,9 @@ BATCH = 20
 
 
 def likenesses(pipe: ldm.Pipeline, scenes: list[Scene], strength: float | None,
-               steps: int) -> tuple[int, float]:
-    """How many outlines are right, and the mean overlap, after noise and sampling; None: without either."""
+               steps: int | None = None) -> tuple[int, float]:
+    """How many outlines are right, and the mean overlap, after noise and sampling; strength None: without
+    either. `steps` are those of a whole run, None the model's own."""
     right, total = 0, 0.
     for i in range(0, len(scenes), BATCH):
         part  = scenes[i:i + BATCH]
@@ -47,7 +48,6 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder; default: the embedded model")
     parser.add_argument("--count", type=int, default=100, help="scenes")
-    parser.add_argument("--steps", type=int, default=25, help="of a whole run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -55,11 +55,11 @@ def main() -> None:
     scenes = scenes_of("one thing", args.count, seed=1_000_003)
     print("| strength | outlines right | 95 % interval | mean overlap |\n|---|---|---|---|")
     for strength in STRENGTHS:
-        right, mean = likenesses(pipe, scenes, strength, args.steps)
+        right, mean = likenesses(pipe, scenes, strength)
         low, high   = wilson(right, len(scenes))
         shares = f"{right / len(scenes):.1%} | {low:.1%} to {high:.1%}"
         print(f"| {'rendered' if strength is None else strength} | {shares} | {mean:.3f} |", flush=True)
-    print(f"\n{args.count} scenes of one thing, {args.steps} steps in a whole run.")
+    print(f"\n{args.count} scenes of one thing, {pipe.defaults.steps} steps in a whole run.")
 
 
 if __name__ == "__main__":
