@@ -55,6 +55,12 @@ class Conditioning:
         return Conditioning(*(join(field.name) for field in fields(Conditioning)))
 
 
+def check_prediction(prediction: str) -> None:
+    """ValueError: it is none of `PREDICTIONS`."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction is {prediction!r}; there are {', '.join(map(repr, PREDICTIONS))}.")
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """D(x; σ): wraps a network. Call it with x (N, 4, h, w), σ and a Conditioning of N; returns x̂₀ like x.
@@ -73,9 +79,7 @@ class Denoiser:
     whole_t: bool = False
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction is {self.prediction!r}; "
-                             f"there are {', '.join(map(repr, PREDICTIONS))}.")
+        check_prediction(self.prediction)
 
     def __call__(self, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
         return self.to_x0(self.output(x, sigma, conditioning), x, sigma)

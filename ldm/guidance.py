@@ -66,7 +66,9 @@ def rescaled(denoiser: Denoiser, cond: Conditioning, uncond: Conditioning, scale
 def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denoise:
     """Guidance only where low < σ ≤ high: Kynkäänniemi et al. 2024, Eq. 6.
 
-    Outside, `plain` costs half as much.
+    Outside, `plain` costs half as much. Each call is decided by its own σ. So in a step of several calls
+    (Heun, Runge-Kutta) that crosses a bound, some are guided and others not; the authors' code has one choice
+    for all calls of a step.
     """
     return lambda x, sigma: (guided if low < sigma <= high else plain)(x, sigma)
 

@@ -79,6 +79,7 @@ class NoiseSchedule:
         classes = {"HeunDiscreteScheduler":           (0.00085, 0.012, "linear"),
                    "KDPM2DiscreteScheduler":          (0.00085, 0.012, "linear"),
                    "KDPM2AncestralDiscreteScheduler": (0.00085, 0.012, "linear"),
+                   "DPMSolverSDEScheduler":           (0.00085, 0.012, "linear"),
                    "LCMScheduler":                    (0.00085, 0.012, "scaled_linear"),
                    "TCDScheduler":                    (0.00085, 0.012, "scaled_linear")}
         start, end, kind = classes.get(str(get("_class_name")), (0.0001, 0.02, "linear"))

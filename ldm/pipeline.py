@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import contracts, schedulers, weights
-from .denoiser import PREDICTIONS, Conditioning
+from .denoiser import Conditioning, check_prediction
 from .models import VAE, TinyVAE, UNet, UNetConfig
 from .noise_schedule import NoiseSchedule
 from .sizes import Sizes, with_numbers
@@ -190,8 +190,8 @@ def load(name: str | Path | None = None, *, device: str | torch.device | None = 
     """
     if not isinstance(name, str | PathLike | None):
         raise TypeError(f"A model is a Pipeline, a folder, a file or a hub id; got {type(name).__name__}.")
-    if prediction not in (None, *PREDICTIONS):
-        raise ValueError(f"prediction is {prediction!r}; there are {', '.join(map(repr, PREDICTIONS))}.")
+    if prediction is not None:
+        check_prediction(prediction)
     device = _device(device)
     dtype  = _dtype(dtype, device)
     source = weights.open_source(EMBEDDED if name is None else name, variant=variant, revision=revision,
@@ -211,7 +211,7 @@ def load(name: str | Path | None = None, *, device: str | torch.device | None = 
                      weights.load_part(part, source.part(part), device=device, dtype=dtype), penultimate=xl)
             for part in source.encoders]
     autoencoder = (_vae(source.part("vae"), device, dtype) if vae is None else
-                   load_vae(vae, device=device, dtype=dtype, scaling_factor=0.13025 if xl else 0.18215))
+                   load_vae(vae, device=device, dtype=dtype, scaling_factor=contracts.SCALES[xl]))
 
     scheduler    = schedulers.default_name(scheduler_config)
     steps, scale = _usual(unet.config, scheduler, Path(name or "").name)
@@ -261,8 +261,7 @@ def load_vae(name: str | Path, *, device: str | torch.device | None = None,
 def _vae(part: weights.Part, device: torch.device, dtype: torch.dtype) -> VAE | TinyVAE:
     upcast = dtype == torch.float16 and weights.vae_config(part).force_upcast
     dtype  = torch.float32 if upcast else dtype
-    vae: VAE | TinyVAE = weights.load_part("vae", part, device=device, dtype=dtype)
-    return vae
+    return weights.load_part("vae", part, device=device, dtype=dtype)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

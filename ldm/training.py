@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .denoiser import PREDICTIONS
+from .denoiser import check_prediction
 
 
 def sample_timesteps(count: int, total: int = 1000, noisy_share: float = 0.0, noisy_from: int = 800,
@@ -70,34 +70,27 @@ def offset_noise(noise: Tensor, strength: float, generator: torch.Generator | No
 
 def target(prediction: str, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """What the network should answer: ε, x₀, or v = √ᾱ·ε − √(1−ᾱ)·x₀ = (ε − σ·x₀)/√(1+σ²) (Salimans & Ho
-    2022, appendix D).
-
-    Raises:
-        ValueError: `prediction` is none of `PREDICTIONS`.
+    2022, appendix D). ValueError: `prediction` is none of `PREDICTIONS`.
     """
+    check_prediction(prediction)
     if prediction == "epsilon":
         return noise
     if prediction == "sample":
         return x0
-    if prediction == "v_prediction":
-        return (noise - _wide(sigma, x0) * x0) * _wide((1 + sigma**2) ** -0.5, x0)
-    raise ValueError(f"prediction {prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+    return (noise - _wide(sigma, x0) * x0) * _wide((1 + sigma**2) ** -0.5, x0)
 
 
 def min_snr_weight(prediction: str, sigma: Tensor, gamma: float = 5.0) -> Tensor:
-    """Loss weights (N,) of Hang et al. 2023, section 3.4: min(SNR, γ) on the error of x₀, with SNR = 1/σ².
+    """Loss weights (N,) of Hang et al. 2023, sections 3.4 and 4.2: min(SNR, γ) on the error of x₀,
+    where SNR = 1/σ².
 
     An error e of x₀ is an error e·√SNR of ε and e·√(SNR+1) of v, hence the divisors. Mind what it does to the
     noisiest timesteps: 0.014 at t = 900 under v-prediction with Stable Diffusion's βs. Without weights all
-    timesteps count alike.
-
-    Raises:
-        ValueError: `prediction` is none of `PREDICTIONS`.
+    timesteps count alike. ValueError: `prediction` is none of `PREDICTIONS`.
     """
+    check_prediction(prediction)
     snr = 1 / sigma**2
     divisors = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-    if prediction not in divisors:
-        raise ValueError(f"prediction {prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
     return snr.clamp(max=gamma) / divisors[prediction]
 
 

@@ -1,6 +1,8 @@
 """σ(t), t(σ) and the lists of σ's: against diffusers, scipy and formulas written a second time."""
 import copy
 import math
+import re
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -50,6 +52,17 @@ def test_a_file_without_betas_has_those_of_its_class(kind):
     theirs = getattr(diffusers, f"{kind}Scheduler")()
     np.testing.assert_allclose(NoiseSchedule.from_hf({"_class_name": f"{kind}Scheduler"}).betas,
                                theirs.betas.numpy(), rtol=1e-4)
+
+
+def test_a_file_without_betas_has_those_of_the_sde_class_which_needs_another_package():
+    source = (Path(diffusers.__file__).parent / "schedulers/scheduling_dpmsolver_sde.py").read_text("utf-8")
+    start, end, kind = (re.search(rf"{field}: .* = (\S+),", source)[1]
+                        for field in ("beta_start", "beta_end", "beta_schedule"))
+    theirs = NoiseSchedule.from_hf({"beta_start": float(start), "beta_end": float(end),
+                                    "beta_schedule": kind.strip('"')})
+    ours   = NoiseSchedule.from_hf({"_class_name": "DPMSolverSDEScheduler"})
+    np.testing.assert_array_equal(ours.betas, theirs.betas)
+    assert ours.betas[0] != NoiseSchedule.from_hf({}).betas[0]
 
 
 @pytest.mark.parametrize("kind", ["SD", "linear", "cosine"])

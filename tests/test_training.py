@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ldm import training
+from ldm.denoiser import PREDICTIONS
 from ldm.noise_schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -49,7 +50,7 @@ def test_float16_stands_pure_noise():
     torch.testing.assert_close(training.target("v_prediction", x0, noise, sigma), -x0, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("prediction", training.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_denoiser_turns_the_target_back_into_x0(prediction):
     from ldm.denoiser import Conditioning, Denoiser
     x0, noise = latents(0), latents(1)
@@ -62,7 +63,7 @@ def test_the_denoiser_turns_the_target_back_into_x0(prediction):
         torch.testing.assert_close(found, x0[i:i + 1], atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("prediction", training.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_loss_of_the_right_answer_is_zero_and_of_another_its_weighted_square(prediction):
     x0, noise = latents(0), latents(1)
     right, weight = training.target(prediction, x0, noise, SIGMAS[T]), torch.arange(len(T)).double()
@@ -88,9 +89,9 @@ def test_min_snr_weights_the_same_error_of_x0_alike_in_every_prediction():
 
 
 def test_unknown_predictions_name_the_known_ones():
-    with pytest.raises(ValueError, match="epsilon, v_prediction, sample"):
+    with pytest.raises(ValueError, match="'epsilon', 'v_prediction', 'sample'"):
         training.target("x0", latents(0), latents(1), SIGMAS[T])
-    with pytest.raises(ValueError, match="epsilon, v_prediction, sample"):
+    with pytest.raises(ValueError, match="'epsilon', 'v_prediction', 'sample'"):
         training.min_snr_weight("x0", SIGMAS[T])
 
 

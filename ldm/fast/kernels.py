@@ -19,9 +19,7 @@ def in_place(module: Module) -> Module:
 
     On a CPU a fresh large tensor costs more than the arithmetic on it: its pages must be mapped and zeroed.
     """
-    def rule(part: nn.Module) -> nn.Module | None:
-        return _as(_InPlaceGEGLU, part) if type(part) is GEGLU else None
-    return rebuilt(module, rule)
+    return rebuilt(module, lambda part: _as(_InPlaceGEGLU, part) if type(part) is GEGLU else None)
 
 
 def _as(kind: type[nn.Module], part: nn.Module) -> nn.Module:
@@ -43,9 +41,7 @@ def unfused(module: Module) -> Module:
     For bfloat16 on CPUs with AVX512-BF16 and without AMX: there PyTorch's fused kernel multiplies small tiles
     at a fraction of the rate of large products. It keeps its scores in float32; here they are rounded.
     """
-    def rule(part: nn.Module) -> nn.Module | None:
-        return _as(UnfusedAttention, part) if type(part) is Attention else None
-    return rebuilt(module, rule)
+    return rebuilt(module, lambda part: _as(UnfusedAttention, part) if type(part) is Attention else None)
 
 
 class UnfusedAttention(Attention):

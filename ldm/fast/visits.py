@@ -29,7 +29,8 @@ def offload(pipeline: Pipeline, device: torch.device | str, *, layerwise: bool =
                          "pipeline that fast.optimize, graphed and packed have not changed.")
     room = Room(torch.device(device))
     unet = cast(nn.Module, pipeline.unet)
-    inside = rebuilt(unet, room.layers) if layerwise else _Visitor(unet, room)
+    inside = (rebuilt(unet, lambda part: _Visitor(part, room) if part._parameters else None)  # own weights
+              if layerwise else _Visitor(unet, room))
     vae  = copy(pipeline.vae)
     vae._modules = {name: None if part is None else _There(_Visitor(part, room), room.device)
                     for name, part in vae._modules.items()}
@@ -51,10 +52,6 @@ class Room:
             self.guest = moved(part, self.device)
             self.host  = part
         return cast(Module, self.guest)
-
-    def layers(self, part: nn.Module) -> nn.Module | None:
-        """A rule for `rebuilt`: a visitor for each layer that has weights of its own."""
-        return _Visitor(part, self) if part._parameters else None
 
 
 def moved(module: Module, device: torch.device) -> Module:

@@ -128,18 +128,12 @@ class TinyVAE(nn.Module):
         self.decoder = Layers([*layers, _conv(c.channels, c.out_channels)])
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (N, 3, H, W) in [−1, 1], H and W multiples of 8 → mean and standard deviation of latents.
-
-        Both are (N, latent_channels, H/8, W/8), in scaled units, as of a `VAE`; the latter is zero.
-        """
+        """As `VAE.encode`; the standard deviation is zero."""
         z = self.encoder((images + 1) / 2)                                      # its pictures are in [0, 1]
         z = self.config.scaling_factor * (z - self.config.shift_factor)
         return z, torch.zeros_like(z)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, latent_channels, h, w) → pictures (N, 3, 8h, 8w).
-
-        Their values lie in [−1, 1] but for overshoot. The latents are softly clamped to [−3, 3].
-        """
+        """As `VAE.decode`; the latents are softly clamped to [−3, 3]."""
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return 2 * self.decoder(torch.tanh(z / 3) * 3) - 1

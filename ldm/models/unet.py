@@ -99,9 +99,6 @@ class UNetConfig:
             if not isinstance(get(field, 0), int):
                 raise ValueError(f"U-Net: config.json has {field} = {get(field)!r}; one number for all "
                                  f"levels is implemented.")
-        if get("addition_embed_type") not in (None, "text_time"):
-            raise ValueError(f"U-Net: config.json has addition_embed_type = {get('addition_embed_type')!r}; "
-                             f"only SDXL's 'text_time' is implemented.")
 
         def per_level(field: str, default: int) -> tuple[int, ...]:
             value  = get(field, default)
@@ -176,7 +173,7 @@ _SUPPORTED = {
     "encoder_hid_dim": None, "encoder_hid_dim_type": None,
     "timestep_post_act": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
     "cross_attention_norm": None, "reverse_transformer_layers_per_block": None,
-    "class_embeddings_concat": False,
+    "class_embeddings_concat": False, "addition_embed_type": "text_time",
 }
 
 

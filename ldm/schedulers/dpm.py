@@ -37,7 +37,8 @@ def dpm_solver(denoise: Denoise, x: Tensor, sigmas: Sequence[float], order: int 
     """DPM-Solver, single step, order 1 to 3 (Lu et al. 2022a, Algorithms 1 and 2 with general r).
 
     One call of the network for each σ. A step of order k spans k intervals of `sigmas`; the σ's inside are
-    its intermediate points. As many full steps as fit, then one of a lower order for the rest, much as in the
+    its intermediate points; the third order needs the last of them near 2/3 of the step in λ, as all smooth
+    spacings have it. As many full steps as fit, then one of a lower order for the rest, much as in the
     paper's "DPM-Solver-fast". A last interval to σ = 0, where λ = ∞, is a step of its own, of first order.
 
     skipped: how many intervals of a longer run lie before `sigmas`. The steps begin and end where they do in

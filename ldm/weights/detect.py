@@ -75,12 +75,6 @@ class Family:
     scaling_factor: float = 0.18215
     index: dict[str, Any] = field(default_factory=dict)                 # fields of model_index.json
 
-    def of(self, part: str) -> dict[str, Any]:
-        """What config.json of a part has besides the architecture."""
-        more: dict[str, dict[str, Any]] = {"unet": {"sample_size":    self.sample_size},
-                                           "vae":  {"scaling_factor": self.scaling_factor}}
-        return more.get(part, {})
-
 
 _SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
              "beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1,
@@ -152,10 +146,7 @@ def split(state: Mapping[str, Tensor]) -> tuple[dict[str, State], dict[str, str]
 
 
 def find_family(config: dict[str, Any], prediction: str, file_name: str) -> Family:
-    """The row of `FAMILIES` for a U-Net's config.json.
-
-    Turbo and Lightning have no mark in their tensors: they are known by the names of the published files.
-    """
+    """The row of `FAMILIES` for a U-Net's config.json. Only file names tell Turbo and Lightning."""
     vector = config.get("projection_class_embeddings_input_dim")
     if vector is None:
         family = "2" if config.get("use_linear_projection") else "1"

@@ -151,7 +151,7 @@ def _complete(folder: Path, variant: str | None) -> set[str | None] | None:
             if not names.issuperset(needed):
                 return None
             if part in WITH_WEIGHTS:
-                weights = choose(file_names(folder / part), variant)
+                weights = choose(names, variant)
                 if weights is None:
                     return None
                 if weights.main.endswith(".json"):

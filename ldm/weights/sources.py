@@ -111,7 +111,9 @@ class File:
         text   = partial(detect.text_config, xl="XL" in self.family.name)
         read   = {"unet": detect.unet_config, "vae": detect.vae_config}.get(name, text)
         config = _config(self.path, name, read, state)
-        return Part(f"{self.path} ({name})", {**self.family.of(name), **config}, state)
+        known: dict[str, dict[str, Any]] = {"unet": {"sample_size":    self.family.sample_size},
+                                            "vae":  {"scaling_factor": self.family.scaling_factor}}
+        return Part(f"{self.path} ({name})", {**known.get(name, {}), **config}, state)
 
     def tokenizer(self, encoder: str) -> "CLIPTokenizer":
         return clip_tokenizer("!" if detect.is_open_clip(self.parts[encoder]) else END)
