@@ -70,7 +70,7 @@ def offset_noise(noise: Tensor, strength: float, generator: torch.Generator | No
 
 def target(prediction: str, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """What the network should answer: ε, x₀, or v = √ᾱ·ε − √(1−ᾱ)·x₀ = (ε − σ·x₀)/√(1+σ²) (Salimans & Ho
-    2022, appendix D). ValueError: `prediction` is none of `PREDICTIONS`.
+    2022, appendix D). ValueError: `prediction` is none of `denoiser.PREDICTIONS`.
     """
     check_prediction(prediction)
     if prediction == "epsilon":
@@ -86,7 +86,7 @@ def min_snr_weight(prediction: str, sigma: Tensor, gamma: float = 5.0) -> Tensor
 
     An error e of x₀ is an error e·√SNR of ε and e·√(SNR+1) of v, hence the divisors. Mind what it does to the
     noisiest timesteps: 0.014 at t = 900 under v-prediction with Stable Diffusion's βs. Without weights all
-    timesteps count alike. ValueError: `prediction` is none of `PREDICTIONS`.
+    timesteps count alike. ValueError: `prediction` is none of `denoiser.PREDICTIONS`.
     """
     check_prediction(prediction)
     snr = 1 / sigma**2

@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from statistics import fmean
 
 import pytest
 import torch
@@ -175,13 +176,22 @@ def test_the_text_encoder_tells_the_first_thing_from_the_second(pipe):
 def test_outlines_suffer_from_noise_and_a_wrong_shape_has_none(pipe, monkeypatch):
     from evaluate import scenes_of
     scenes = scenes_of("one thing", 6, seed=3)
-    (kept, near), (_, far) = (outlines.likenesses(pipe, scenes, strength, 10) for strength in (0., .6))
-    assert (kept, near) == (6, pytest.approx(.97, abs=.015))
-    assert .8 < far < near < outlines.likenesses(pipe, scenes, None, 10)[1] <= 1
+    drawn, near, far = (outlines.likenesses(pipe, scenes, strength, 10) for strength in (None, 0., .6))
+    assert min(near) >= outlines.CRISP
+    assert fmean(near) == pytest.approx(.97, abs=.015)
+    assert .8 < fmean(far) < fmean(near) < fmean(drawn) <= 1
     others = [replace(scene, things=tuple(replace(thing, shape="ring" if thing.shape == "cross" else "cross")
                                           for thing in scene.things)) for scene in scenes]
     monkeypatch.setattr(outlines, "render", lambda scene, size: render(others[scenes.index(scene)], size))
-    assert outlines.likenesses(pipe, scenes, 0., 10) == (0, 0)
+    assert outlines.likenesses(pipe, scenes, 0., 10) == [0] * 6
+
+
+def test_outlines_are_counted_by_shape():
+    scenes = [Scene((Thing("red", shape, "small", "plain", (1, 1), .5, .5, .1),), "white")
+              for shape in ("star", "circle", "star")]
+    table = outlines.by_shape({"0": [.95, .97, .85], "1": [.7, .9, .5]}, scenes)
+    assert table.split("\n") == ["| right, and mean overlap | 0 | 1 |", "|---|---|---|",
+                                 "| 1 × circle | 1, 0.970 | 1, 0.900 |", "| 2 × star | 1, 0.900 | 0, 0.600 |"]
 
 
 @pytest.mark.parametrize("strength", [.8, 1., 1.2])

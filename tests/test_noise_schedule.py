@@ -197,7 +197,7 @@ RAMPED = [name for name, row in SCHEDULERS.items() if row.ramps and row.last != 
 @pytest.mark.parametrize("name", RAMPED)
 def test_ramps_are_those_of_diffusers(name, ramp):
     """σ's to 1.3e-5, the precision of 1 − ᾱ at t = 0 in float32. Times: between whole t, σ is linear here and
-    log σ is there, which makes .04; the DPM classes have whole times."""
+    log σ is there, which makes up to .05; the DPM classes have whole times."""
     row, config = SCHEDULERS[name], oracles.config_of(ramp)
     for steps in (2, 3, 9, 50):
         scheduler = oracles.their_scheduler(row, config)

@@ -29,8 +29,8 @@ def offload(pipeline: Pipeline, device: torch.device | str, *, layerwise: bool =
                          "pipeline that fast.optimize, graphed and packed have not changed.")
     room = Room(torch.device(device))
     unet = cast(nn.Module, pipeline.unet)
-    inside = (rebuilt(unet, lambda part: _Visitor(part, room) if part._parameters else None)  # own weights
-              if layerwise else _Visitor(unet, room))
+    inside = (rebuilt(unet, lambda part: _Visitor(part, room) if part._parameters else None)
+              if layerwise else _Visitor(unet, room))            # a layer is what has weights itself
     vae  = copy(pipeline.vae)
     vae._modules = {name: None if part is None else _There(_Visitor(part, room), room.device)
                     for name, part in vae._modules.items()}

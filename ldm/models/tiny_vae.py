@@ -128,12 +128,12 @@ class TinyVAE(nn.Module):
         self.decoder = Layers([*layers, _conv(c.channels, c.out_channels)])
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As `VAE.encode`; the standard deviation is zero."""
+        """Pictures (N, 3, H, W) in [−1, 1] → latents (N, 4, H/8, W/8), as `VAE.encode`; their std is zero."""
         z = self.encoder((images + 1) / 2)                                      # its pictures are in [0, 1]
         z = self.config.scaling_factor * (z - self.config.shift_factor)
         return z, torch.zeros_like(z)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """As `VAE.decode`; the latents are softly clamped to [−3, 3]."""
+        """Latents (N, 4, h, w) → pictures (N, 3, 8h, 8w), as `VAE.decode`; softly clamped to [−3, 3]."""
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return 2 * self.decoder(torch.tanh(z / 3) * 3) - 1

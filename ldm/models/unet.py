@@ -173,7 +173,8 @@ _SUPPORTED = {
     "encoder_hid_dim": None, "encoder_hid_dim_type": None,
     "timestep_post_act": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
     "cross_attention_norm": None, "reverse_transformer_layers_per_block": None,
-    "class_embeddings_concat": False, "addition_embed_type": "text_time",
+    "class_embeddings_concat": False,
+    "addition_embed_type": "text_time",                   # SDXL's; null where there is no vector
 }
 
 
