@@ -62,6 +62,18 @@ def test_the_exact_solution_is_one():
     torch.testing.assert_close(GAUSSIAN.exact(GAUSSIAN.state(9.0), 9.0, 0.5), GAUSSIAN.state(0.5))
 
 
+@pytest.mark.parametrize(("last", "order"), [(2 / 3, 3), (1 / 2, 2)])
+def test_the_third_order_of_dpm_solver_needs_its_last_point_at_two_thirds(last, order):
+    """Whole steps equal in λ, whose inner points are at last/2 and `last` of each."""
+    def ramp(count, low, high):
+        whole = np.linspace(-math.log(high), -math.log(low), (count - 1) // 3 + 1)
+        inner = whole[:-1, None] + np.diff(whole)[:, None] * [0, last / 2, last]
+        return np.exp(-np.append(inner.ravel(), whole[-1]))
+    steps    = [96, 192, 384]
+    measured = slope(steps, [error("dpm_solver 3", ramp, n, top=80.0) for n in steps])
+    assert measured == pytest.approx(order, abs=0.3)
+
+
 @pytest.mark.parametrize("ramp", [karras, exponential])
 @pytest.mark.parametrize("method", METHODS)
 def test_order_of_convergence(method, ramp):

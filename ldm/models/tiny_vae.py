@@ -128,12 +128,18 @@ class TinyVAE(nn.Module):
         self.decoder = Layers([*layers, _conv(c.channels, c.out_channels)])
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (N, 3, H, W) in [−1, 1] → latents (N, 4, H/8, W/8), as `VAE.encode`; their std is zero."""
+        """Pictures (N, 3, H, W) in [−1, 1], H and W multiples of 8 → mean and standard deviation of latents.
+
+        Both are (N, latent_channels, H/8, W/8), in scaled units, as of a `VAE`; the latter is zero.
+        """
         z = self.encoder((images + 1) / 2)                                      # its pictures are in [0, 1]
         z = self.config.scaling_factor * (z - self.config.shift_factor)
         return z, torch.zeros_like(z)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (N, 4, h, w) → pictures (N, 3, 8h, 8w), as `VAE.decode`; softly clamped to [−3, 3]."""
+        """Scaled latents (N, latent_channels, h, w) → pictures (N, 3, 8h, 8w).
+
+        Their values lie in [−1, 1] but for overshoot. The latents are softly clamped to [−3, 3].
+        """
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return 2 * self.decoder(torch.tanh(z / 3) * 3) - 1

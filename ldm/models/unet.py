@@ -99,6 +99,9 @@ class UNetConfig:
             if not isinstance(get(field, 0), int):
                 raise ValueError(f"U-Net: config.json has {field} = {get(field)!r}; one number for all "
                                  f"levels is implemented.")
+        if get("addition_embed_type") not in (None, "text_time"):
+            raise ValueError(f"U-Net: config.json has addition_embed_type = {get('addition_embed_type')!r}; "
+                             f"only SDXL's 'text_time' is implemented.")
 
         def per_level(field: str, default: int) -> tuple[int, ...]:
             value  = get(field, default)
@@ -174,7 +177,6 @@ _SUPPORTED = {
     "timestep_post_act": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
     "cross_attention_norm": None, "reverse_transformer_layers_per_block": None,
     "class_embeddings_concat": False,
-    "addition_embed_type": "text_time",                   # SDXL's; null where there is no vector
 }
 
 
