@@ -4,8 +4,10 @@ Parts of different models often fit in shape and then make noise, or fail deep i
 configs tell against each other is said here, before anything runs. A part of one's own, which has no such
 config, is taken as it is.
 """
+import warnings
 from typing import Any
 
+from .denoiser import check_prediction
 from .models import VAE, TinyVAE, TinyVAEConfig, UNet, UNetConfig, VAEConfig
 from .text import ClipText, JoinedText
 
@@ -13,7 +15,9 @@ SCALES = {False: 0.18215, True: 0.13025}    # of the latents: in Stable Diffusio
 
 
 def check(pipeline: Any) -> None:
-    """Raises ValueError, a sentence that names both, if two parts of a `Pipeline` cannot belong together."""
+    """Raises ValueError, a sentence that names both, if two parts of a `Pipeline` cannot belong together.
+    Warns if they only seem not to."""
+    check_prediction(pipeline.prediction)
     text, unet, vae = (getattr(part, "config", part) for part in (pipeline.text, pipeline.unet, pipeline.vae))
     if isinstance(unet, UNetConfig):
         if isinstance(text, (ClipText, JoinedText)):
@@ -26,7 +30,8 @@ def check(pipeline: Any) -> None:
                              f"{expected!r}; make both the same, as load(…, prediction=…) does.")
     if pipeline.prediction == "epsilon" and pipeline.schedule.betas[-1] == 1:
         raise ValueError("The U-Net predicts 'epsilon', but the schedule ends in pure noise (an SNR of 0), "
-                         "where ε says nothing about the picture; such schedules are for 'v_prediction'.")
+                         "where ε says nothing about the picture; such schedules are for 'v_prediction', "
+                         "as load(…, prediction='v_prediction') takes it.")
     if isinstance(pipeline.unet, UNet) and isinstance(pipeline.vae, (VAE, TinyVAE)):
         here, there = (next(part.parameters()).device for part in (pipeline.unet, pipeline.vae))
         if here != there:
@@ -55,6 +60,7 @@ def _vae_and_unet(vae: VAEConfig | TinyVAEConfig, unet: UNetConfig) -> None:
                          f"takes {unet.in_channels}, gives {unet.out_channels}; take both from one family.")
     xl = unet.vector_dim is not None
     if vae.scaling_factor == SCALES[not xl]:
-        raise ValueError(f"The autoencoder scales its latents by {vae.scaling_factor}, but the U-Net, "
-                         f"{'one' if xl else 'none'} of Stable Diffusion XL, learnt on latents scaled by "
-                         f"{SCALES[xl]}; take an autoencoder of the U-Net's family.")
+        warnings.warn(f"The autoencoder scales its latents by {vae.scaling_factor}, but the published U-Nets "
+                      f"{'with' if xl else 'without'} a vector learnt on latents scaled by {SCALES[xl]}. If "
+                      f"this is one of them, take an autoencoder of its family; if its file is of that "
+                      f"family and does not tell, load_vae(…, scaling_factor={SCALES[xl]}).", stacklevel=6)

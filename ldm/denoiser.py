@@ -88,7 +88,7 @@ class Denoiser:
         """The network's own output F at x, in the dtype of x."""
         time  = self.schedule.t(sigma)
         time  = round(time) if self.whole_t else time
-        t     = torch.full((), time, dtype=torch.float32, device=x.device)          # without waiting for it
+        t     = torch.full((), time, dtype=torch.float32, device=x.device)          # no copy to wait for
         input = x / (1 + sigma**2) ** 0.5                                           # c_in·x = x_vp
         if conditioning.concat is not None:
             input = torch.cat([input, conditioning.concat.to(x.dtype)], dim=1)

@@ -20,7 +20,8 @@ def unguided(denoiser: Denoiser, cond: Conditioning) -> Denoise:
 def distilled(denoiser: Denoiser, cond: Conditioning, scale: float) -> Denoise:
     """For a network that was taught what guidance results in, and is told the scale: Meng et al. 2022; LCM.
 
-    One call of the network on N pictures. It leads away from what it was taught to, the empty prompt.
+    One call of the network on N pictures. It was taught guidance away from the empty prompt, so it takes no
+    negative one.
     """
     scales = torch.full((len(cond),), float(scale), device=cond.context.device)
     return unguided(denoiser, replace(cond, guidance=scales))

@@ -33,7 +33,8 @@ def keep(denoise: Denoise, z: Tensor, mask: Tensor, noise: Tensor, start: float)
     z:     (N, 4, h, w), the latents of the picture.
     mask:  (N, 1, h, w).
     noise: like z, from which the run started.
-    start: the σ at which it did. There the network sees x as it is: it may be noise and nothing else.
+    start: the σ at which it did. There the network sees x as it is: at strength 1 that is noise alone, and
+           holds no z.
     """
     def kept(x: Tensor, sigma: float) -> Tensor:
         known = z + sigma * noise if sigma < start else x
@@ -81,8 +82,8 @@ def cells(mask: Tensor, height: int, width: int) -> Tensor:
 def feathered(mask: Tensor, pixels: int) -> Tensor:
     """The mask with an edge that falls off linearly over so many pixels *outside* of it.
 
-    What came out there is the old picture after a round trip through the autoencoder. So the blend hides the
-    seam and shows nothing of what was painted over, as an edge inside would.
+    Outside of the mask the decoder gives the old picture again, so a blend there hides the seam. With an edge
+    inside, what was painted over would show through.
     """
     total = mask
     for _ in range(pixels):

@@ -18,8 +18,8 @@ def seeded(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | 
 
     It is pure: the same k always gives the same numbers. Asking in rising order costs nothing; going back
     replays the stream from its start. (PyTorch's CPU generator rounds the same float32 numbers when asked for
-    float16, so a diffusers run in float16 starts from this noise too; but for the last 16 numbers of a
-    picture where their count is no multiple of 16, that is where h·w of the latents is no multiple of 4.)
+    float16, so a diffusers run in float16 starts from this noise too; except for the last 16 numbers of
+    a picture where h·w of its latents is no multiple of 4.)
     """
     generators: list[torch.Generator] = []
     drawn = 0

@@ -32,9 +32,9 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         betas = np.array(self.betas, dtype=np.float64)      # a copy, so that freezing it surprises nobody
         if (betas.ndim != 1 or len(betas) < 2
-                or not np.all((betas >= 0) & (betas <= 1)) or np.any(betas[:-1] == 1)):
-            raise ValueError("NoiseSchedule: betas must be a list of at least two numbers from 0 to 1; "
-                             "only the last may be 1.")
+                or not np.all((betas > 0) & (betas <= 1)) or np.any(betas[:-1] == 1)):
+            raise ValueError("NoiseSchedule: betas must be a list of at least two numbers, above 0 and below "
+                             "1; only the last may be 1.")
         alpha_bar = np.cumprod(1 - betas)
         if betas[-1] == 1:
             alpha_bar[-1] = min(_ALPHA_BAR_FOR_ZERO, alpha_bar[-2] / 2)

@@ -16,8 +16,9 @@ from torch import Tensor
 from . import contracts, schedulers, weights
 from .denoiser import Conditioning, check_prediction
 from .models import VAE, TinyVAE, UNet, UNetConfig
+from .models.layers import timestep_embedding
 from .noise_schedule import NoiseSchedule
-from .sizes import Sizes, with_numbers
+from .sizes import Sizes
 from .text import ClipText, JoinedText
 
 EMBEDDED = Path(__file__).parent / "assets" / "shapes"      # the small model of the package
@@ -71,19 +72,24 @@ class Pipeline:
                   negative: bool = False) -> Conditioning:
         """All that the network is told besides x and σ, for N prompts.
 
+        The pooled text gets the features of the `sizes` behind it; a vector that is complete stays as it is.
+
         height, width: of the pictures, in pixels; read by Stable Diffusion XL only, as are `sizes`.
         negative:      these are prompts to lead away from: where `zero_empty` says so, empty ones are zeros.
         """
         cond = self.text(prompts)
+        context, vector = cond.context, cond.vector
         config: Any = getattr(self.unet, "config", None)              # a network of one's own needs no config
-        if cond.vector is None or getattr(config, "vector_dim", None) is None:
-            return cond
-        count = (config.vector_dim - cond.vector.shape[1]) // config.vector_time_dim
+        features: int | None = getattr(config, "vector_time_dim", None)               # of each of the numbers
+        if vector is None or features is None or vector.shape[1] == config.vector_dim:
+            return cond                                               # nothing is missing
         if negative and self.zero_empty:
-            some = torch.tensor([[prompt != ""] for prompt in prompts], device=cond.vector.device)    # (N, 1)
-            cond = replace(cond, context=cond.context * some[:, None], vector=cond.vector * some)
-        numbers = sizes.numbers(height, width, count, negative=negative)
-        return with_numbers(cond, numbers, config.vector_time_dim)
+            some = torch.tensor([[prompt != ""] for prompt in prompts], device=vector.device)         # (N, 1)
+            context, vector = context * some[:, None], vector * some
+        count   = (config.vector_dim - vector.shape[1]) // features
+        numbers = torch.tensor(sizes.numbers(height, width, count, negative=negative))
+        told    = timestep_embedding(numbers, features).flatten().to(vector).expand(len(vector), -1)
+        return replace(cond, context=context, vector=torch.cat([vector, told], dim=1))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (N, 3, H, W) in [−1, 1] → mean and std of the scaled latents (N, 4, H/8, W/8), float32.
@@ -129,10 +135,12 @@ class Pipeline:
             raise ValueError("No file says which states of the text encoder are read: `penultimate` must be "
                              "as `load` sets it, True for Stable Diffusion XL and False for others.")
 
-        config = {"_class_name": "DDIMScheduler", **self.scheduler_config, "prediction_type": self.prediction}
+        config = {"_class_name": "DDIMScheduler", "clip_sample": False, **self.scheduler_config,
+                  "prediction_type": self.prediction}
         if not np.array_equal(NoiseSchedule.from_hf(config).betas, self.schedule.betas):
             betas   = self.schedule.betas
-            config |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": bool(betas[-1] == 1)}
+            config |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": bool(betas[-1] == 1),
+                       "num_train_timesteps": len(betas)}
         sample_size = unet.config.sample_size or self.defaults.height // vae.config.downscale
         size        = sample_size * vae.config.downscale
         derived     = {"scheduler": schedulers.default_name(config), "height": size, "width": size}
@@ -156,8 +164,8 @@ def finite(x: Tensor, part: str) -> Tensor:
     """x, the result of a part of the model. FloatingPointError: NaN or ∞ in it, which would be black."""
     if not x.isfinite().all():
         raise FloatingPointError(f"The {part} gave numbers that are not finite; the picture would be black. "
-                                 f"In float16, which ends at 65504, they overflowed: load the model with "
-                                 f"dtype='bfloat16' or 'float32'. Else the weights or inputs are at fault.")
+                                 f"If it runs in float16, which ends at 65504, load the model with "
+                                 f"dtype='bfloat16' or 'float32'; if not, weights or inputs are at fault.")
     return x
 
 
@@ -211,7 +219,11 @@ def load(name: str | Path | None = None, *, device: str | torch.device | None = 
                      weights.load_part(part, source.part(part), device=device, dtype=dtype), penultimate=xl)
             for part in source.encoders]
     autoencoder = (_vae(source.part("vae"), device, dtype) if vae is None else
-                   load_vae(vae, device=device, dtype=dtype, scaling_factor=contracts.SCALES[xl]))
+                   load_vae(vae, device=device, dtype=dtype, scaling_factor=contracts.SCALES[xl],
+                            variant=None if Path(vae).expanduser().is_file() else variant))
+
+    if not xl:                  # diffusers' pipelines of 1.x and 2.x amend these fields of old files, too
+        scheduler_config = {**scheduler_config, "steps_offset": 1, "clip_sample": False}
 
     scheduler    = schedulers.default_name(scheduler_config)
     steps, scale = _usual(unet.config, scheduler, Path(name or "").name)
@@ -248,8 +260,8 @@ def load_vae(name: str | Path, *, device: str | torch.device | None = None,
                 `.ckpt`, `.pt`) of an autoencoder or a whole model, in LDM names or diffusers'; a half of
                 TAESD beside the other half; or the hub id of such a folder.
         device, dtype, variant, revision: as for `load`.
-        scaling_factor: of the latents, for a file of an autoencoder alone, which does not tell it. Default:
-                Stable Diffusion 1.x's and 2.x's .18215 (XL has .13025), and 1 for TAESD.
+        scaling_factor: of the latents, for a file of an autoencoder alone, or an old config.json, which do
+                not tell it. Default: Stable Diffusion 1.x's and 2.x's .18215 (XL has .13025); 1 for TAESD.
 
     Errors are those of `load`.
     """

@@ -69,8 +69,8 @@ class Run:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Without gradients, and with advice where the memory does not suffice. (What comes out of inference
-        mode could not be learned from, nor be changed in place.)"""
+        """Without gradients, and with advice where the memory does not suffice. (Not in inference mode: what
+        is made there cannot later be trained on, or changed in place.)"""
         try:
             with torch.no_grad():
                 yield
@@ -87,7 +87,7 @@ class Run:
 
     def start(self, noise: Tensor, stacklevel: int = 3) -> Tensor:
         """The state x that is noise alone. Warns where the σ's start so low that it should not be."""
-        if self.sigmas[0] < self.pipe.schedule.sigma_max / 4:
+        if self.sigmas[0] < min(self.pipe.schedule.sigma_max, 15) / 4:      # at 15 a picture is 7 % of x_vp
             warnings.warn(f"The run starts at σ = {self.sigmas[0]:.2f} instead of "
                           f"{self.pipe.schedule.sigma_max:.2f}, so there will be little to see; "
                           f"spacing='trailing' starts where the noise does.", stacklevel=stacklevel)
@@ -178,9 +178,12 @@ def prepare(o: SimpleNamespace) -> Run:
     if scale == 0:
         warnings.warn("guidance_scale=0 follows the negative prompt alone; no guidance, which the cards of "
                       "some models call 0.0, is 1 here.", stacklevel=3)
-    if _guides_itself(pipe) and (any(negatives) or o.guidance_rescale or o.guidance_interval):
-        warnings.warn(f"{pipe.name or 'The model'} was taught guidance away from the empty prompt, so "
-                      "negative_prompt, guidance_rescale and guidance_interval have no effect.", stacklevel=3)
+    if ((_guides_itself(pipe) or scale == 1)
+            and (any(negatives) or o.guidance_rescale or o.guidance_interval)):
+        why = (f"{pipe.name or 'The model'} was taught guidance away from the empty prompt"
+               if _guides_itself(pipe) else "guidance_scale=1 is without guidance")
+        warnings.warn(f"{why}, so negative_prompt, guidance_rescale and guidance_interval have no effect.",
+                      stacklevel=3)
     row = schedulers.find(pipe.defaults.scheduler if o.scheduler is None else o.scheduler)
     return Run(o, pipe, refiner, row, scale, _sigmas(pipe, row, o.steps, o.spacing, o.sigmas, o.timesteps),
                prompts, negatives, seeds, _size(pipe, o.height, o.width))
@@ -238,8 +241,9 @@ def _batch(prompt: str | Sequence[str], negative: str | Sequence[str], seed: int
         raise ValueError(f"num_images is {num_images!r}; it is a whole number of pictures, at least 1.")
     count = len(prompts) * num_images
     try:                                                            # integers of any kind: NumPy's too
-        seeds = ([operator.index(one) for one in seed] if isinstance(seed, Iterable) else
-                 [operator.index(seed) + i for i in range(count)])
+        seeds = ([operator.index(one) for one in seed]              # (a tensor without axes is iterable)
+                 if isinstance(seed, Iterable) and getattr(seed, "ndim", 1) > 0 else
+                 [operator.index(seed) + i for i in range(count)])  # type: ignore[arg-type]
     except TypeError:
         seeds = []
     if len(seeds) != count or not all(0 <= s < 2**64 for s in seeds):
@@ -267,11 +271,11 @@ def takes_mask(pipe: Pipeline) -> bool:
     channels = pipe.vae.config.latent_channels
     config   = getattr(pipe.unet, "config", None)                   # a network of one's own needs no config
     wanted   = getattr(config, "in_channels", channels)
-    if wanted not in (channels, 2 * channels + 1):
+    if isinstance(config, UNetConfig) and wanted not in (channels, 2 * channels + 1):
         raise ValueError(f"{pipe.name or 'The model'} has a U-Net with {wanted} input channels, made for a "
                          f"task that ldm does not know; it knows {channels}, and {2 * channels + 1} for "
                          f"inpainting.")
-    return wanted != channels
+    return bool(wanted == 2 * channels + 1)
 
 
 def one_input(pipe: Pipeline, task: str) -> None:

@@ -54,7 +54,8 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
         spacing: "leading", "trailing", "linspace", "karras", "exponential", "polyexponential" or "beta";
             None: as the model's file says, where the scheduler heeds it, else as is usual for the scheduler
             (`SCHEDULERS`). Instead of steps and spacing: `sigmas`, falling, with the end of the last step
-            (usually 0); or `timesteps`, falling, each a start of a step.
+            (usually 0), none above the schedule's `sigma_max`, as the network knows no more noise; or
+            `timesteps`, falling, each a start of a step.
         scheduler_options: arguments of the scheduler's function, such as {"eta": 0.5} for "ddim"; or "noise":
             a function i → the fresh noise of step i, (N, 4, h, w), for one that takes it.
         sizes, negative_sizes: what Stable Diffusion XL is told about the picture, see `Sizes`. The second,
@@ -62,7 +63,7 @@ def sample(prompt: str | Sequence[str], model: Pipeline | str | Path | None = No
         refiner: a second model that takes over for the last part of the run (Stable Diffusion XL's refiner).
         handover: in (0, 1]: the part of the times of training, from the noisy end, that is the first model's.
         output_type: "pil": a list of Pillow pictures; "np": (N, H, W, 3) and "pt": (N, 3, H, W), both float32
-            in [0, 1]; "latent": (N, 4, h, w), scaled.
+            in [0, 1]; "latent": (N, 4, h, w), scaled; of a run that ends at σ > 0, x / √(1 + σ²).
         callback: is called as callback(step, x, x0) after step 1, 2, …: the state x = x₀ + σ·ε, and the
             newest estimate of x₀, both (N, 4, h, w). To stop early, raise an exception.
         progress: show a bar; None: on a terminal.
@@ -155,7 +156,7 @@ def inpaint(prompt: str | Sequence[str], image: Any, mask: Any, model: Pipeline 
         All that `img2img` raises. Also a ValueError: a mask that does not
             fit the picture, or that has nothing to paint.
     """
-    for name, pixels in (("padding", padding or 0), ("feather", feather)):
+    for name, pixels in (("padding", 0 if padding is None else padding), ("feather", feather)):
         if not isinstance(pixels, int | np.integer) or pixels < 0:
             raise ValueError(f"{name} is {pixels}; it is a whole number of pixels, 0 or more.")
     check_strength(strength)
@@ -175,7 +176,7 @@ def inpaint(prompt: str | Sequence[str], image: Any, mask: Any, model: Pipeline 
     sigmas     = run.last(strength)
     with run.working():
         noise     = run.noise()
-        k         = 0 if told and strength == 1 else 1      # for z, diffusers draws only where it is needed
+        k         = 0 if told and strength == 1 else 1      # z is not needed there: diffusers draws none
         mean, std = run.pipe.encode(part)
         z, first  = mean + std * noise(0), noise(k)
         grid      = inpainting.cells(hole, *z.shape[-2:]).to(z.device)

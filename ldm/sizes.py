@@ -5,13 +5,7 @@ that it was trained at (Podell et al. 2023, sections 2.2 and 2.3); for the refin
 of the last. When sampling they are wishes: a large original size asks for detail, a crop at (0, 0) for a
 subject that is not cut off.
 """
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
-
-from .denoiser import Conditioning
-from .models.layers import timestep_embedding
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -41,10 +35,3 @@ class Sizes:
                              f"base of Stable Diffusion XL (original size, crop, target size), and 5, as its "
                              f"refiner (original size, crop, aesthetic score).")
         return (*(self.original or (height, width)), *self.crop, *last)
-
-
-def with_numbers(cond: Conditioning, numbers: Sequence[float], width: int) -> Conditioning:
-    """Appends `width` Fourier features of each number to the vector: (N, P) → (N, P + count·width)."""
-    assert cond.vector is not None
-    features = timestep_embedding(torch.tensor(numbers), width).flatten().to(cond.vector)
-    return replace(cond, vector=torch.cat([cond.vector, features.expand(len(cond), -1)], dim=1))

@@ -104,7 +104,7 @@ def denoising_loss(network: Callable[..., Tensor], x0: Tensor, noise: Tensor, t:
     """
     scaled = add_noise(x0, noise, sigma) * _wide((1 + sigma**2) ** -0.5, x0)
     answer = network(scaled, t, text)
-    error  = (answer.to(x0.dtype) - target(prediction, x0, noise, sigma)).square().mean(dim=(1, 2, 3))  # (N,)
+    error  = (answer.to(x0.dtype) - target(prediction, x0, noise, sigma)).square().flatten(1).mean(1)   # (N,)
     return (error if weight is None else weight * error).mean()
 
 

@@ -69,7 +69,7 @@ def red(image) -> float:
 def test_swapped_parts_are_heard(run_page):
     names = run_page("book/swap.md")
     reference = np.asarray(names["run"](names["denoise"])).astype(float)
-    for name in ("image", "faded", "preview", "right"):
+    for name in ("image", "faded", "led_away", "preview", "right", "star", "sharp"):
         assert np.asarray(names[name]).shape == reference.shape
         assert np.abs(np.asarray(names[name]).astype(float) - reference).mean() > .1
     assert np.array_equal(np.asarray(names["left"]), reference)
@@ -86,6 +86,22 @@ def test_the_hook_makes_symmetric_pictures(run_page):
     last = names["seen"][-1]
     assert len(names["seen"]) == len(names["sigmas"]) - 1
     torch.testing.assert_close(last, last.flip(-1))
+
+
+def test_the_scheduler_with_a_hook_makes_symmetric_pictures(run_page):
+    star = np.asarray(run_page("book/swap.md")["star"]).astype(float)
+    assert np.abs(star - star[:, ::-1]).mean() < 2 < star.std()    # of 255; latents are mirrored, not pixels
+
+
+def test_a_picture_finds_its_noise_and_comes_back(run_page):
+    names = run_page("book/swap.md")
+    assert names["found"].std() / names["up"][-1] == pytest.approx(1, abs=.1)
+    assert (names["back"] - names["made"]).square().mean().sqrt() < .01
+
+
+def test_a_schedule_has_the_levels_it_was_made_of(run_page):
+    names = run_page("book/swap.md")
+    np.testing.assert_allclose(names["own"].table, names["table"], rtol=1e-4)       # of float32
 
 
 def test_gradients_reach_the_start_and_the_text(run_page):

@@ -261,7 +261,7 @@ def test_fine_tuning_learns_each_picture_with_its_own_caption_and_writes_the_ave
     assert all(torch.equal(average[name], tensor) for name, tensor in written.items())
 
 
-def test_single_things_are_drawn_more_often_and_small_ones_once_their_size_is_visible():
+def test_single_things_are_drawn_more_often_and_small_and_pointed_ones_once_they_are_visible():
     def scene(size, shape, count=2):
         things = (Thing("blue", shape, size, "plain", (2, 1), .74, .5, .12),
                   Thing("red", "circle", "large", "plain", (0, 1), .26, .5, .2))
@@ -269,7 +269,7 @@ def test_single_things_are_drawn_more_often_and_small_ones_once_their_size_is_vi
     scenes = [scene("large", "star"), scene("small", "square"), scene("small", "cross"),
               scene("large", "star", 1), scene("small", "square", 1)]
     visible, hidden = ([train_unet.emphasis(scene, visible) for scene in scenes] for visible in (True, False))
-    assert visible == [1, 2, 5, 2, 4]
+    assert visible == [8, 2, 4, 16, 4]
     assert hidden == [1, 1, 1, 2, 2]
     t = torch.tensor([train_unet.VISIBLE - 1, train_unet.VISIBLE]).repeat_interleave(40_000)
     weights = torch.tensor([visible, hidden])

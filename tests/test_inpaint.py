@@ -386,6 +386,7 @@ def test_a_picture_of_a_batch_is_the_same_alone(pipes, model, name):
     ({"feather": -1},                      ValueError, "feather is -1"),
     ({"padding": -1},                      ValueError, "padding is -1"),
     ({"padding": 2.5},                     ValueError, "padding is 2.5; it is a whole number"),
+    ({"padding": 0.0},                     ValueError, "padding is 0.0; it is a whole number"),
     ({"feather": 2.0},                     ValueError, "feather is 2.0; it is a whole number"),
     ({"height": 60},                       ValueError, "height is 60"),
     ({"stregnth": 0.5},                    TypeError,  "stregnth"),

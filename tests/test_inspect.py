@@ -1,11 +1,15 @@
 """ldm.inspect: what it says of files and folders, and that its account of the tensors is true."""
+import json
+
 import diffusers
 import pytest
+import tiny
 import torch
 from checkpoints import FAMILIES, checkpoint, parts_of, write_file, write_folder
 from safetensors.torch import load_file, save_file
 
 import ldm
+from ldm.weights import detect
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -140,6 +144,7 @@ def test_parts_alone(sd1, tmp_path):
     ("lora_unet_down_blocks_0.lora_up.weight",   "a LoRA"),
     ("control_model.input_hint_block.0.weight",  "a ControlNet in LDM names"),
     ("conv_in.weight time_embedding.x",          "a U-Net with 2 input channels"),
+    ("clip_g clip_l",                            "a textual inversion"),
     ("quite.other.weight",                       "something unknown"),
 ])
 def test_files_of_something_else(tmp_path, name, what):
@@ -160,6 +165,39 @@ def test_a_checkpoint_without_one_of_its_parts(sd1, tmp_path):
     assert report.problems == ["there is no vae", "there is no text_encoder"]
 
 
+def test_an_xl_without_its_second_text_encoder(tmp_path):
+    state = checkpoint("SDXL base", parts_of("SDXL base"))
+    path  = write_file(tmp_path / "a.safetensors", {k: t for k, t in state.items()
+                                                    if not k.startswith("conditioner.embedders.1.")})
+    assert ldm.inspect(path).problems == ["there is no text_encoder_2"]
+    with pytest.raises(ValueError, match=r"has no text_encoder_2, only .*; use a complete file"):
+        ldm.load(path)
+
+
+def test_a_unet_for_another_task(tmp_path):
+    folder = tiny.write(tmp_path / "8 channels", in_channels=8)
+    assert ldm.inspect(folder).problems == ["unet has 8 input channels, for a task that ldm does not know"]
+    assert ldm.inspect(tiny.write(tmp_path / "9 channels", in_channels=9)).problems == []
+
+
+def test_a_folder_that_does_not_say_what_its_unet_predicts(tmp_path):
+    folder = tiny.write(tmp_path / "a")
+    file   = folder / "scheduler/scheduler_config.json"
+    config = json.loads(file.read_text())
+    del config["prediction_type"]
+    file.write_text(json.dumps(config))
+    report = ldm.inspect(folder)
+    assert (report.prediction, report.evidence) == (
+        "epsilon", "scheduler_config.json does not say; this is the default")
+
+
+def test_a_vector_that_is_not_of_text_and_sizes_makes_no_xl():
+    """Stable Diffusion 2.1's unCLIP has the field, too."""
+    config = {"projection_class_embeddings_input_dim": 2048, "class_embed_type": "projection",
+              "cross_attention_dim": 1024, "use_linear_projection": True, "in_channels": 4}
+    assert detect.find_family(config, "v_prediction", "a").name == "Stable Diffusion 2.x"
+
+
 def test_a_folder_of_something_else(tmp_path):
     save_file({"controlnet_cond_embedding.conv_in.weight": torch.ones(1)},
               tmp_path / "diffusion_pytorch_model.safetensors")
@@ -172,6 +210,8 @@ def test_a_folder_of_something_else(tmp_path):
 def test_folders(sd1, tmp_path):
     parts, _, _ = sd1
     folder = write_folder(tmp_path / "model", "SD 1.5", parts)
+    file   = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "epsilon"}))
     report = ldm.inspect(folder)
     assert report.what == "Stable Diffusion 1.x: a folder in Hugging Face layout"
     assert (report.prediction, report.evidence) == ("epsilon", "scheduler_config.json")

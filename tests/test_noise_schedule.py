@@ -120,9 +120,9 @@ def test_a_schedule_cannot_change():
 
 
 @pytest.mark.parametrize(("betas", "message"), [
-    ([0.1], "at least two numbers"), ([[0.1, 0.2]], "at least two numbers"), ([0.1, 1.5], "from 0 to 1"),
-    ([0.1, -0.1], "from 0 to 1"), ([0.1, math.nan], "from 0 to 1"), ([1.0, 1.0], "only the last may be 1"),
-    ([0.1, 0.0, 0.1], "grow"),
+    ([0.1], "at least two numbers"), ([[0.1, 0.2]], "at least two numbers"), ([0.1, 1.5], "below 1"),
+    ([0.1, -0.1], "above 0"), ([0.1, math.nan], "above 0"), ([1.0, 1.0], "only the last may be 1"),
+    ([0.0, 0.1], "above 0"), ([0.1, 0.0, 0.1], "above 0"), ([0.1, 1e-20], "grow"),
 ])
 def test_impossible_betas(betas, message):
     with pytest.raises(ValueError, match=message):

@@ -1,7 +1,12 @@
 """ldm.load: what it makes of a folder, and what it says of one that it cannot use."""
 import json
 import shutil
+import warnings
+from dataclasses import replace
 
+import diffusers
+import numpy as np
+import oracles
 import pytest
 import tiny
 import torch
@@ -82,6 +87,26 @@ def test_encode_and_decode_are_the_autoencoders_own_in_float32(model):
     torch.testing.assert_close(decoded, expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "DDIMScheduler"])
+def test_old_scheduler_files_are_amended_as_by_the_pipelines_of_diffusers(copy, kind):
+    """Those of 1.x and 2.x set steps_offset to 1 and clip_sample to False, whatever the file says."""
+    config = {name: value for name, value in oracles.SD.items()
+              if name not in ("steps_offset", "clip_sample")}
+    (copy / "scheduler/scheduler_config.json").write_text(
+        json.dumps({**config, "_class_name": kind, "skip_prk_steps": True}))
+    edit(copy / "model_index.json", scheduler=["diffusers", kind])
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy)
+    same   = {"prompt": "a red cat", "height": 64, "width": 64}
+    expected = theirs(**same, num_inference_steps=7, generator=torch.Generator().manual_seed(5),
+                      output_type="np").images
+    with warnings.catch_warnings(action="error"):
+        pipe = ldm.load(copy, device="cpu")
+    found = ldm.sample(model=pipe, **same, steps=7, seed=5, output_type="np")
+    assert np.abs(found - expected).max() <= 1e-5
+    unamended = replace(pipe, scheduler_config={**pipe.scheduler_config, "steps_offset": 0})
+    assert np.abs(ldm.sample(model=unamended, **same, steps=7, seed=5, output_type="np") - found).max() > 1e-3
+
+
 def test_a_scheduler_that_there_is_none_of_is_replaced_with_a_warning(copy):
     edit(copy / "scheduler/scheduler_config.json", _class_name="UniPCMultistepScheduler")
     with pytest.warns(UserWarning, match="UniPCMultistepScheduler.*taking 'dpmpp_2m'"):
@@ -95,6 +120,8 @@ def test_a_scheduler_that_there_is_none_of_is_replaced_with_a_warning(copy):
     ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 4},   "down_block_types"),
     ("vae/config.json",  {"act_fn": "relu"},                              "act_fn = 'relu'"),
     ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"},     "beta_schedule = 'sigmoid'"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "v-pred"},    "'v-pred'"),
+    ("unet/config.json", {"addition_embed_type": "text_time"},            "text_time', but no projection_"),
 ])
 def test_files_that_do_not_fit_are_named(copy, part, fields, words):
     edit(copy / part, **fields)

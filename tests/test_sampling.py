@@ -1,6 +1,9 @@
 """ldm.sample from end to end: against diffusers, against itself, and with arguments that make no sense."""
 import dataclasses
+import functools
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -182,10 +185,21 @@ def test_the_noise_of_the_steps_may_be_ones_own(pipe):
     assert not np.allclose(still, pixels("a red cat", pipe, scheduler="ddim", scheduler_options={"eta": 1.0}))
 
 
-def test_numpys_integers_are_seeds(pipe):
+def test_what_a_function_has_bound_stays_bound(pipe):
+    def zeros(i):
+        return torch.zeros(1, 4, 8, 8)
+    bound = functools.partial(ldm.schedulers.euler_ancestral, noise=zeros)
+    np.testing.assert_array_equal(
+        pixels("a cat", pipe, scheduler=bound),
+        pixels("a cat", pipe, scheduler=ldm.schedulers.euler_ancestral, scheduler_options={"noise": zeros}))
+
+
+def test_integers_of_other_libraries_are_seeds(pipe):
     wanted = pixels("a cat", pipe, seed=[3, 4], num_images=2)
-    np.testing.assert_array_equal(pixels("a cat", pipe, seed=np.int64(3), num_images=2), wanted)
-    np.testing.assert_array_equal(pixels("a cat", pipe, seed=np.array([3, 4]), num_images=2), wanted)
+    for first in (np.int64(3), torch.tensor(3)):
+        np.testing.assert_array_equal(pixels("a cat", pipe, seed=first, num_images=2), wanted)
+    for both in (np.array([3, 4]), torch.tensor([3, 4])):
+        np.testing.assert_array_equal(pixels("a cat", pipe, seed=both, num_images=2), wanted)
 
 
 def test_any_multiple_of_eight_is_a_size(pipe):
@@ -241,10 +255,29 @@ def test_guidance_scale_zero_is_warned_of(pipe):
 
 
 @pytest.mark.parametrize("steps", [20, 50])
-def test_the_usual_start_with_leading_spacing_is_not_warned_of(pipe, steps):
+@pytest.mark.parametrize("schedule", ["its own", "zero SNR"])
+def test_the_usual_start_with_leading_spacing_is_not_warned_of(pipe, steps, schedule):
+    if schedule == "zero SNR":                  # its σ_max is 4096; but at 100 there is no picture to see
+        pipe = replace(pipe, schedule=pipe.schedule.zero_terminal_snr(), prediction="v_prediction",
+                       scheduler_config={})
     with warnings.catch_warnings(action="error"):
         pixels("a red cat", pipe, steps=steps, spacing="leading",
                scheduler=lambda denoise, x, sigmas: iter([x]))
+
+
+@pytest.mark.parametrize("option", [{"negative_prompt": "bad"}, {"guidance_rescale": 0.5},
+                                    {"guidance_interval": (1, 5)}])
+def test_what_needs_guidance_is_warned_of_where_there_is_none(pipe, option):
+    with pytest.warns(UserWarning, match="guidance_scale=1 is without guidance, so negative_prompt") as seen:
+        pixels("a cat", pipe, guidance_scale=1, **option)
+    assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_a_network_of_ones_own_may_have_a_config_of_its_own(pipe):
+    def network(*inputs):
+        return pipe.unet(*inputs)
+    network.config = SimpleNamespace(in_channels=16)                            # of patches, say
+    np.testing.assert_array_equal(pixels("a cat", replace(pipe, unet=network)), pixels("a cat", pipe))
 
 
 @pytest.mark.parametrize("shown", [True, False])

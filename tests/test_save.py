@@ -125,12 +125,25 @@ def test_a_schedule_that_ends_in_pure_noise_is_saved_as_diffusers_reads_it(tmp_p
     assert np.allclose(theirs.sigmas, pipe.schedule.sigmas(5, "trailing"), rtol=1e-4)
 
 
+@pytest.mark.parametrize("times", [500, 1500])
+def test_a_schedule_of_another_length_is_saved_as_diffusers_reads_it(tmp_path, times):
+    pipe = ldm.load(tiny.write(tmp_path / "a"), device="cpu")
+    pipe = replace(pipe, schedule=ldm.NoiseSchedule.scaled_linear(steps=times))
+    pipe.save(tmp_path / "b")
+    same_model(pipe, ldm.load(tmp_path / "b", device="cpu"))
+    theirs = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "b/scheduler",
+                                                              timestep_spacing="trailing")
+    theirs.set_timesteps(5)
+    assert np.allclose(theirs.sigmas, pipe.schedule.sigmas(5, "trailing"), rtol=1e-4)
+
+
 def test_a_model_of_parts_without_files(tmp_path):
     made = ldm.load(tiny.write(tmp_path / "a"), device="cpu")
     pipe = ldm.Pipeline(made.text, made.unet, made.vae, ldm.NoiseSchedule.scaled_linear(), "v_prediction")
     pipe.save(tmp_path / "b")
     same_model(pipe, ldm.load(tmp_path / "b", device="cpu"))
     assert np.isfinite(their_picture(tmp_path / "b", "StableDiffusionPipeline")).all()
+    assert diffusers.DDIMScheduler.from_pretrained(tmp_path / "b/scheduler").config.clip_sample is False
 
 
 # -- dtypes and files ----------------------------------------------------------------------------------------

@@ -456,12 +456,23 @@ def test_fields_about_the_last_step_are_named_only_if_it_does_not_end_at_zero(fi
 def test_a_field_is_named_only_for_classes_that_heed_it(kind, field, heeded, built_in, recwarn):
     multistep = kind == "DPMSolverMultistepScheduler"
     config = {"_class_name": kind, "algorithm_type": "dpmsolver++" if multistep else "dpmsolver",
-              "solver_order": 3 if multistep else 2}
+              "solver_order": 3 if multistep else 2, "clip_sample": False}
     for other, value in ((kind, built_in), ("EulerDiscreteScheduler", heeded)):
         default_name({**config, "_class_name": other, field: value})
     assert not recwarn.list
     with pytest.warns(UserWarning, match=f"{field} = {heeded!r}, which ldm does not heed"):
         default_name({**config, field: heeded})
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_classes_that_clip_unless_told_otherwise_are_named(name, recwarn):
+    kind   = SCHEDULERS[name].diffusers.partition("(")[0]
+    config = {**their_scheduler(SCHEDULERS[name], oracles.SD).config, "_class_name": kind}
+    config.pop("clip_sample", None)
+    default_name(config)
+    clips = getattr(diffusers, kind)().config.get("clip_sample", False)
+    assert any("clip_sample = True" in str(warning.message) for warning in recwarn) == clips
+    assert clips == (name in ("ddim", "ddpm"))
 
 
 def test_the_missing_fields_of_old_files():

@@ -1,4 +1,7 @@
 """ldm.load and ldm.load_vae from single files: every family, against the same model in a folder."""
+import json
+import shutil
+import warnings
 from dataclasses import replace
 from functools import cache
 
@@ -339,12 +342,30 @@ def test_load_vae(made, tmp_path):
     half = ldm.load(path, device="cpu", dtype="bfloat16", vae=tmp_path / "bare.safetensors")
     assert {p.dtype for p in half.vae.parameters()} == {torch.bfloat16}
     assert ldm.load_vae(path, scaling_factor=0.18215).config.scaling_factor == 0.13025      # of a whole file
+    assert ldm.load_vae(tmp_path / "model", scaling_factor=0.18215).config.scaling_factor == 0.13025
+    config = tmp_path / "model/vae/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": None}))
+    assert ldm.load_vae(tmp_path / "model", scaling_factor=0.13025).config.scaling_factor == 0.13025
+    assert ldm.load(path, device="cpu", vae=tmp_path / "model").vae.config.scaling_factor == 0.13025
     with pytest.raises(ValueError, match=r"like an autoencoder in LDM names.*read it with ldm\.load_vae"):
         ldm.load(tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="it has no vae"):
         ldm.load_vae(write_file(tmp_path / "no.safetensors", without(state, "first_stage_model.")))
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         ldm.load_vae(tmp_path)
+
+
+def test_the_variant_is_that_of_another_autoencoder_too(made, tmp_path):
+    parts, _, _ = made("SD 1.5")
+    model, other = (write_folder(tmp_path / name, "SD 1.5", parts) for name in ("model", "other"))
+    shutil.copy(model / "unet/diffusion_pytorch_model.safetensors",
+                model / "unet/diffusion_pytorch_model.fp16.safetensors")
+    weights = other / "vae/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    save_file(parts["vae"].state_dict(), tmp_path / "file.safetensors")
+    for vae in (other, other / "vae", tmp_path / "file.safetensors"):
+        with warnings.catch_warnings(action="ignore"):                  # the text encoder has no such variant
+            assert_same(ldm.load(model, variant="fp16", vae=vae, device="cpu").vae, parts["vae"].state_dict())
 
 
 def test_the_vae_alone_stays_in_float32_where_it_overflows(made):

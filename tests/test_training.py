@@ -75,6 +75,13 @@ def test_the_loss_of_the_right_answer_is_zero_and_of_another_its_weighted_square
     assert loss(offset) == pytest.approx(sum(i * i**2 for i in range(len(T))) / len(T), rel=1e-12)
 
 
+def test_the_loss_of_points_in_a_plane():
+    x0, noise = latents(0)[:, 0, 0, :2], latents(1)[:, 0, 0, :2]
+    right = training.target("sample", x0, noise, SIGMAS[T])
+    found = training.denoising_loss(lambda *_: right + .5, x0, noise, T, SIGMAS[T], None, "sample")
+    assert found.item() == pytest.approx(.25)
+
+
 def test_min_snr_weights_the_same_error_of_x0_alike_in_every_prediction():
     snr = 1 / SIGMAS[T]**2
     error_of_x0 = .3

@@ -157,6 +157,9 @@ def test_turbo_from_a_picture_equals_diffusers(folders, model, name):
 def test_turbo_defaults_come_from_its_name(folders, tmp_path):
     assert ldm.load(folders["sd-turbo"]).defaults   == Defaults("euler", 1, 1.0, 64, 64)
     assert ldm.load(folders["sdxl-turbo"]).defaults == Defaults("euler_a", 1, 1.0, 64, 64)
+    renamed = tmp_path / "SDXL-Turbo"
+    renamed.symlink_to(folders["sdxl-turbo"])
+    assert ldm.load(renamed).defaults == Defaults("euler_a", 1, 1.0, 64, 64)
     renamed = tmp_path / "another"
     renamed.symlink_to(folders["sdxl-turbo"])
     assert ldm.load(renamed).defaults == Defaults("euler_a", 50, 5.0, 64, 64)

@@ -200,6 +200,12 @@ def test_tokenizer_with_missing_files(tmp_path, lost):
 
 def test_tokenizer_with_damaged_files(tmp_path):
     write_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ValueError, match=r"merges\.txt is not the file itself but a Git LFS pointer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(ValueError, match=r"merges\.txt is empty: download it again"):
+        load_tokenizer(tmp_path)
     (tmp_path / "vocab.json").write_text('{"a": 1')
     with pytest.raises(ValueError, match=r"vocab\.json \(7 bytes\) is truncated"):
         load_tokenizer(tmp_path)

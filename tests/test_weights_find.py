@@ -154,6 +154,10 @@ def test_local_folders_that_are_no_pipelines(tmp_path, monkeypatch, no_network):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a file, where a folder"):
         find("model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"single file, give its path, such as .*/model\.safetensors"):
+        find(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is an address: give the name of the repository"):
+        find("https://hub.example/org/model")
     for name in (tmp_path / "org" / "model", "./org/model", "/no/such/folder",
                  "a/b/c", "~/models/sd", "org/mo del", "lost.safetensors", "org/lost.ckpt"):
         with pytest.raises(FileNotFoundError, match="There is no folder"):
@@ -161,7 +165,7 @@ def test_local_folders_that_are_no_pipelines(tmp_path, monkeypatch, no_network):
 
 
 def test_a_path_object_is_never_a_repository(tmp_path, monkeypatch, hub):
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder.*on the Hub, whose names are strings"):
         find(Path("org/model"))
     assert hub.asked == []
 
@@ -210,6 +214,8 @@ def test_wanted_refuses_what_is_no_pipeline():
     with pytest.raises(ValueError,
                        match=r"No component of x has weights of variant 'fp16', only plain ones: leave"):
         wanted("x", [*SMALL, *PLAIN], "fp16")
+    with pytest.raises(ValueError, match=r"'bf16', only unet: fp16; vae: fp16; text_encoder: fp16$"):
+        wanted("x", [*SMALL, *FP16], "bf16")
 
 
 # -- the Hub -------------------------------------------------------------------------------------------------
@@ -341,7 +347,7 @@ def test_offline_with_a_cache(hub, tmp_path, monkeypatch):
                        match=r"org/model is not complete in the cache .*OfflineModeIsEnabled"):
         find("org/model")                                          # only float16 is there
     with pytest.raises(ConnectionError,
-                       match=r"HF_HUB_OFFLINE.*Check the connection, or give a local folder"):
+                       match=r"HF_HUB_OFFLINE.*Check the connection and .*, or give a local folder"):
         find("org/other")
     with pytest.raises(ConnectionError):
         find("org/model", variant="fp16", revision="v1")

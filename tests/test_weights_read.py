@@ -210,6 +210,14 @@ def test_lfs_pointers_and_web_pages(tmp_path, name):
         read_tensors([file])
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_the_name_of_another_format(tmp_path, zipped):
+    file = tmp_path / "model.safetensors"
+    torch.save({"x": torch.ones(1)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"it looks like a pickle, so name it \.ckpt$"):
+        read_tensors([file])
+
+
 class Trap:
     """Unpickling it would make a folder."""
     def __init__(self, path):

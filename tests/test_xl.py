@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import oracles
@@ -17,6 +18,7 @@ from transformers import CLIPTextModelWithProjection
 import ldm
 from ldm import Sizes
 from ldm.guidance import switch
+from ldm.models import UNet
 from ldm.schedulers import SCHEDULERS
 
 QUICK   = {"height": 64, "width": 72, "output_type": "np"}
@@ -87,6 +89,18 @@ def test_the_numbers():
     assert Sizes().numbers(64, 72, 6) == (64, 72, 0, 0, 64, 72)
     with pytest.raises(ValueError, match="wants 4 numbers"):
         sizes.numbers(64, 72, 4)
+
+
+def test_a_vector_that_is_complete_stays_as_it_is(pipes):
+    """Of precomputed embeddings, say."""
+    pipe  = pipes["base"]
+    whole = pipe.condition(["a cat"], 64, 64)
+    again = replace(pipe, text=lambda prompts: whole).condition(["a cat"], 64, 64)
+    assert again is whole
+    other = UNet(replace(pipe.unet.config, vector_time_dim=None)).eval()           # a vector of one's own
+    alone = replace(pipe, unet=other, text=lambda prompts: replace(whole, vector=torch.ones(len(prompts), 7)))
+    with pytest.raises(ValueError, match=r"tensor \(N, 68\), not \(1, 7\)"):
+        ldm.sample("a cat", alone, steps=1, guidance_scale=1, spacing="trailing", **QUICK)
 
 
 # ── The base beside diffusers ───────────────────────────────────────────────────────────────────────────────

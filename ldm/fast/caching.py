@@ -32,7 +32,7 @@ class _DeepCache(Remembers):
         super().__init__()
         config, memory = unet.config, _Memory()
         first, last    = cast(Level, unet.down_blocks[0]), cast(Level, unet.up_blocks[-1])
-        # The newest feature map that is not renewed: of a layer of the last level up, or of what leads there.
+        # Where the kept map is read: after the last layer up that `outer` lacks, or the upsampler before it.
         level, index   = len(unet.up_blocks) - 1, config.layers - layers - 1
         path  = (f"up_blocks.{level - 1}.upsamplers.0" if index < 0 else
                  f"up_blocks.{level}.{'attentions' if last.attentions else 'resnets'}.{index}")

@@ -147,14 +147,14 @@ class Graphed(nn.Module):
         leaves, tree = tree_flatten((args, named))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         refuse_gradients(self, "graphed", *tensors)
-        with torch.inference_mode():                    # as a recording may be made and used in it or not
+        with torch.inference_mode():            # for a recording may be made inside of it, and used outside
             output = self._replayed(leaves, tree, tensors)
         return output.clone()
 
     def _replayed(self, leaves: list[Any], tree: Any, tensors: list[Tensor]) -> Tensor:
         key = id(self.network), str(tree), *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
                                              for leaf in leaves)
-        if key not in self.records:                     # with the network, so that nothing else gets its id
+        if key not in self.records:             # it keeps the network, so that no other gets its id
             self.records[key] = self.network, *self._record(leaves, tree)
         _, graph, inputs, output = self.records[key]
         for dtype in {tensor.dtype for tensor in tensors}:              # one kernel for each

@@ -18,7 +18,7 @@ def prompt_once(unet: UNet, *around: Callable[[nn.Module], nn.Module]) -> "Promp
     remembered for the tensor itself, and forgotten with it. A context that is changed in place is noticed;
     but under `torch.inference_mode` tensors keep no versions: there, make a new one.
 
-    around: what to wrap about the network inside, whose context is the list of keys and values.
+    around: wrappers for the network inside, which is given the list of keys and values as its context.
     """
     return PromptOnce(unet, around)
 

@@ -40,7 +40,7 @@ def replaced(module: Module, path: str, child: nn.Module) -> Module:
 
 
 class Remembers(nn.Module):
-    """One whose calls are not independent of each other."""
+    """Base of the modules that carry something from one call to the next."""
 
 
 def refuse_gradients(module: nn.Module, name: str, *given: Tensor) -> None:

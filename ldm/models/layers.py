@@ -83,7 +83,7 @@ class Downsample(nn.Module):
     """Halves height and width with a strided convolution.
 
     The U-Net pads all four sides by one; the autoencoder pads right and below only (`padding=0`), as its
-    original code did, and its weights know it.
+    original code did, and its weights were trained so.
     """
 
     def __init__(self, channels: int, padding: int):
@@ -153,7 +153,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        # net.1 was a dropout in the original; the names of its neighbours remember it.
+        # net.1 was a dropout in the original; checkpoints still count it: net.0 and net.2 have weights.
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(),
                                   nn.Linear(4 * channels, channels)])
 

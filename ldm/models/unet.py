@@ -112,6 +112,9 @@ class UNetConfig:
             return values
 
         sdxl  = get("addition_embed_type") == "text_time"
+        for field in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"):
+            if sdxl and get(field) is None:
+                raise ValueError(f"U-Net: config.json has addition_embed_type = 'text_time', but no {field}.")
         depth = per_level("transformer_layers_per_block", 1)
         heads = per_level("num_attention_heads" if get("num_attention_heads") else "attention_head_dim", 8)
         return cls(in_channels       = get("in_channels", 4),

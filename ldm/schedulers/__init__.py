@@ -55,8 +55,9 @@ class Row:
         return self.takes("noise")
 
     def takes(self, name: str) -> bool:
-        """Whether the function has a parameter of that name."""
-        return name in inspect.signature(self.function).parameters
+        """Whether the function has a parameter of that name, which `functools.partial` has not bound."""
+        return (name in inspect.signature(self.function).parameters
+                and name not in getattr(self.function, "keywords", {}))
 
     def sigmas(self, schedule: NoiseSchedule, steps: int, *, spacing: str | None = None,
                config: Mapping[str, Any] | None = None) -> list[float]:
@@ -157,6 +158,8 @@ def default_name(config: Mapping[str, Any]) -> str:
     if name is None:
         warnings.warn(f"The model's scheduler is {kind} (algorithm {algorithm}, order {order}), "
                       f"which ldm does not have; taking 'dpmpp_2m'.", stacklevel=2)
+    if kind in ("DDIMScheduler", "DDPMScheduler"):                          # whose default it is
+        config = {"clip_sample": True, **config}
     heeded = {**USUAL, **USUAL_OF.get(str(kind), {})}
     if config.get("final_sigmas_type") != "sigma_min":          # the last step, to zero, is Euler's anyway
         del heeded["euler_at_final"]

@@ -1,4 +1,5 @@
-"""Methods of first order. In the units x = x₀ + σ·ε, famous samplers are one line and its stochastic form.
+"""Methods of first order. In the units x = x₀ + σ·ε these samplers are one line, a step of Euler's, or that
+step with fresh noise.
 
     DDIM (η = 0)  =  Euler's method
     DDPM          =  DDIM with η = 1  =  Euler ancestral

@@ -1,4 +1,4 @@
-"""`ldm.inspect`: what a model's files hold, told from names, shapes and a few numbers; they run nothing."""
+"""`ldm.inspect`: what a model's files hold, told from names, shapes and a few numbers. It runs nothing."""
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,8 @@ class Report:
     dtypes:     how many tensors of each.
     ema:        whether there is a second U-Net of running averages (`ldm.load(…, ema=True)`).
     account:    every tensor: its name in the files → "used: unet", "ignored: " and why, or "unknown".
-    problems:   what would keep `ldm.load` and `ldm.load_vae` from loading the parts that are there.
+    problems:   what would keep `ldm.load` and `ldm.load_vae` from loading the parts that are there, and
+                `ldm.sample` from using them.
     """
     path: Path
     what: str
@@ -102,7 +103,7 @@ def _file(path: Path) -> Report:
         part, rest    = detect.place(name)
         account[name] = fates[part, rest] if part else rest if rest == UNKNOWN else f"ignored: {rest}"
     if file.kind == detect.CHECKPOINT:
-        problems += [f"there is no {name}" for name in ("unet", "vae", "text_encoder") if name not in parts]
+        problems += [f"there is no {name}" for name in file.needed if name not in parts]
     what = f"{file.family.name}: {file.kind}" if file.family.name else file.kind
     ema  = any(name.startswith("model_ema.diffusion_model") for name in file.state)
     return Report(path, what, file.prediction, file.evidence, *_numbers(file.state), ema, account, problems)
@@ -112,10 +113,11 @@ def _folder(path: Path, variant: str | None) -> Report:
     if (path / "model_index.json").is_file():
         source = Folder(find(path, variant=variant), variant)
         parts  = {name: source.part(name) for name in ("unet", "vae", *source.encoders)}
-        found  = source.scheduler.get("prediction_type") or "epsilon"
+        stated = source.scheduler.get("prediction_type")
+        found  = stated or "epsilon"
         family = detect.find_family(parts["unet"].config, found, path.name)
         report = partial(Report, path, f"{family.name}: a folder in Hugging Face layout", found,
-                         "scheduler_config.json")
+                         f"scheduler_config.json{'' if stated else ' does not say; this is the default'}")
     else:
         part   = read_part(path, variant)
         name   = part.config.get("_class_name", "CLIPTextModel")        # transformers writes "architectures"
@@ -132,6 +134,8 @@ def _fates(parts: Mapping[str, Part]) -> tuple[dict[tuple[str, str], str], list[
     fates: dict[tuple[str, str], str] = {}
     problems = []
     for name, part in parts.items():
+        if name == "unet" and (channels := part.config.get("in_channels")) not in (4, 9, None):
+            problems.append(f"unet has {channels} input channels, for a task that ldm does not know")
         try:
             build, rename = plan(name, part)
             _, wanted     = skeleton(build)
@@ -139,7 +143,7 @@ def _fates(parts: Mapping[str, Part]) -> tuple[dict[tuple[str, str], str], list[
             fates |= dict.fromkeys([(name, old) for old in part.tensors], f"ignored: of a {name}")
             problems.append(str(error))
             continue
-        free   = rename({}, wanted).keys()                          # what the model gets without any file
+        free   = rename({}, wanted).keys()                          # what `rename` makes without any file
         filled = set(free)
         for old, tensor in part.tensors.items():
             new  = {k: t for k, t in rename({old: tensor}, wanted).items() if k not in free}

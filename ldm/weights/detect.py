@@ -58,11 +58,12 @@ KINDS = (
     ("token_embedding.",           "a CLIP text encoder of width {}",         "token_embedding.weight"),
     ("SelfAttention.",             "a T5 text encoder",                       ""),
     ("emb_params",                 "a textual inversion",                     ""),
+    ("clip_g",                     "a textual inversion",                     ""),        # for XL
 )
 
 # The names of the published files and repositories.
-TURBO      = r"sd[-_]?(xl)?[-_]turbo"
-LIGHTNING  = r"sdxl[-_]lightning[-_](?P<steps>\d)step(?P<x0>_x0)?"
+TURBO      = r"(?i)sd[-_]?(xl)?[-_]turbo"
+LIGHTNING  = r"(?i)sdxl[-_]lightning[-_](?P<steps>\d)step(?P<x0>_x0)?"
 TIME_WIDTH = 256        # Fourier features of each number of XL's sizes
 
 
@@ -148,7 +149,7 @@ def split(state: Mapping[str, Tensor]) -> tuple[dict[str, State], dict[str, str]
 def find_family(config: dict[str, Any], prediction: str, file_name: str) -> Family:
     """The row of `FAMILIES` for a U-Net's config.json. Only file names tell Turbo and Lightning."""
     vector = config.get("projection_class_embeddings_input_dim")
-    if vector is None:
+    if config.get("addition_embed_type") != "text_time" or vector is None:      # unCLIP has a vector, too
         family = "2" if config.get("use_linear_projection") else "1"
     else:                       # The refiner reads one encoder, so its context is as wide as the pooled text.
         refiner = config["cross_attention_dim"] == vector - 5 * TIME_WIDTH

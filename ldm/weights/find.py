@@ -2,8 +2,9 @@
 
 The cache comes first: a snapshot with all we need is used without asking the Hub. So loading is immediate and
 works offline, a model whose repository was deleted goes on working, and files do not change under a seed. A
-newer version comes with `hf download NAME`, or with `revision=`. Only where some components lack the variant
-that is wanted, the Hub is asked whether they have it by now: there, `revision=` keeps the files as they are.
+newer version comes with `hf download NAME`, or with `revision=`. One exception: if some components in the
+cache lack the variant that is wanted, the Hub is asked whether it has them by now; a commit as `revision=`
+keeps the files as they are.
 """
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,10 @@ def find(name: str | Path, *, revision: str | None = None, variant: str | None =
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for repositories on the Hub; {folder} is a folder")
+        single = [path for path in sorted(folder.iterdir()) if path.suffix in FILE_SUFFIXES]
+        if single and not (folder / "model_index.json").exists():
+            raise FileNotFoundError(f"{folder} has no model_index.json, so it is no pipeline in Hugging Face "
+                                    f"layout; to load a single file, give its path, such as {single[0]}")
         index = read_json(folder / "model_index.json")
         if "unet" not in index:
             raise ValueError(f"{folder} is a {index.get('_class_name', 'pipeline')} without a U-Net; ldm "
@@ -94,7 +99,8 @@ def wanted(name: str, listing: Collection[str], variant: str | None) -> list[str
         if needed not in listing:
             raise FileNotFoundError(f"{name} is not a pipeline of U-Net and autoencoder in Hugging Face "
                                     f"layout: no {needed}, but "
-                                    f"{', '.join(sorted(listing)[:12]) or 'nothing'}")
+                                    f"{', '.join(sorted(listing)[:12]) or 'nothing'}. (A single file has to "
+                                    f"be downloaded; then give its path)")
     _require_variant(name, listing, variant)
     files = [path for path in listing if any(fnmatchcase(path, pattern) for pattern in SMALL_FILES)]
     for part in WITH_WEIGHTS:
@@ -165,9 +171,11 @@ def _complete(folder: Path, variant: str | None) -> set[str | None] | None:
 def _require_variant(where: str | Path, listing: Collection[str], variant: str | None) -> None:
     found = {part: variants(_inside(listing, part)) for part in WITH_WEIGHTS}
     if variant is not None and not any(variant in names for names in found.values()):
+        plain = any(choose(_inside(listing, part), None) for part in WITH_WEIGHTS)
         there = "; ".join(f"{part}: {', '.join(sorted(names))}" for part, names in found.items() if names)
-        raise ValueError(f"No component of {where} has weights of variant {variant!r}, only "
-                         f"{f'plain ones and {there}' if there else 'plain ones: leave variant out'}")
+        raise ValueError(f"No component of {where} has weights of variant {variant!r}, only " +
+                         (f"{'plain ones and ' if plain else ''}{there}" if there else
+                          "plain ones: leave variant out"))
 
 
 def _inside(listing: Collection[str], folder: str) -> list[str]:
@@ -183,14 +191,17 @@ def _hub_id(name: str | Path) -> str:
     path = Path(name).expanduser()
     if path.is_file():
         raise FileNotFoundError(f"{path} is a file, where a folder or the name of a repository is wanted")
+    if "://" in str(name):
+        raise FileNotFoundError(f"{name} is an address: give the name of the repository, "
+                                '"organisation/model", or download the file and give its path')
     try:
         if isinstance(name, str) and path.suffix not in FILE_SUFFIXES:
             validate_repo_id(name)
             return name
     except HFValidationError:
         pass
-    raise FileNotFoundError(f"There is no folder or file {path.absolute()} (and {str(name)!r} cannot be on "
-                            'the Hub, whose names read "organisation/model")')
+    raise FileNotFoundError(f"There is no folder or file {path.absolute()} (and {name!r} cannot be on "
+                            'the Hub, whose names are strings like "organisation/model")')
 
 
 @contextmanager
@@ -210,5 +221,5 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
         raise FileNotFoundError(f"{page} has no branch, tag or commit {revision!r}") from error
     except Exception as error:                      # offline, no connection, a proxy, a full disk …
         raise ConnectionError(f"{name} is not complete in the cache {constants.HF_HUB_CACHE} and could not "
-                              f"be downloaded ({type(error).__name__}: {error}). Check the connection, or "
-                              "give a local folder") from error
+                              f"be downloaded ({type(error).__name__}: {error}). Check the connection and "
+                              "the space on disk, or give a local folder") from error

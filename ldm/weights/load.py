@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..models import VAE, TinyVAE, TinyVAEConfig, UNet, UNetConfig, VAEConfig
 from .detect import kind
 from .names import Rename, State, rename_ldm_unet, rename_ldm_vae, rename_open_clip, rename_taesd
-from .read import read_json
+from .read import read_json, refuse_lfs_pointer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -21,7 +21,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 class Part(NamedTuple):
     """What a folder or a file knows of one part of a model."""
-    where: str                  # it was read, for messages
+    where: str                  # the file or folder that it was read from, for messages
     config: dict[str, Any]      # as config.json has it
     tensors: State              # under the names of the file
 
@@ -77,7 +77,7 @@ def load_module(build: Callable[[], Module], tensors: State, where: str, *,
                 rename: Rename | None = None) -> Module:
     """The module that `build` makes, with the given weights, in evaluation mode and frozen.
 
-    where:   the tensors come from, for messages.
+    where:   the file or folder that they were read from, for messages.
     dtype:   of the floating-point tensors; None keeps the file's. They are cast one by one, so memory peaks
              one tensor above the finished module. What needs no cast and stays on the CPU remains mapped
              from the file: replace such a file as a whole, never write into it while the module lives.
@@ -119,8 +119,12 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
         kind = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
         return kind.from_pretrained(str(folder), local_files_only=True)
     read_json(folder / "vocab.json")
-    if not (folder / "merges.txt").is_file():
+    merges = folder / "merges.txt"
+    if not merges.is_file():
         raise FileNotFoundError(f"{folder} lacks merges.txt, the other half of vocab.json: download it again")
+    refuse_lfs_pointer(merges)
+    if not merges.stat().st_size:
+        raise ValueError(f"{merges} is empty: download it again")
     return transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 

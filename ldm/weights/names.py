@@ -113,17 +113,12 @@ def rename_ldm_vae(state: State, wanted: Mapping[str, Tensor]) -> State:
 def rename_taesd(state: State, wanted: Mapping[str, Tensor]) -> State:
     """The tiny autoencoder in its author's names; those of diffusers stay as they are.
 
-    The author's code numbers the layers (`encoder.1.conv.0.weight`); each of his files is one half, without
-    that word (`1.conv.0.weight`). His decoder has one layer more, a clamp without weights in front.
+    The author's code numbers the layers (`encoder.1.conv.0.weight`). His decoder has one layer more, a clamp
+    without weights in front.
     """
-    half    = "encoder" if "0.weight" in state else "decoder"
-    renamed = {}
-    for name, tensor in state.items():
-        if match := re.fullmatch(r"(?:(encoder|decoder)\.)?(\d+)\.(.+)", name):
-            part = match[1] or half
-            name = f"{part}.layers.{int(match[2]) - (part == 'decoder')}.{match[3]}"
-        renamed[name] = tensor
-    return renamed
+    def ours(match: re.Match[str]) -> str:
+        return f"{match[1]}.layers.{int(match[2]) - (match[1] == 'decoder')}."
+    return {re.sub(r"^(encoder|decoder)\.(\d+)\.", ours, name): tensor for name, tensor in state.items()}
 
 
 def rename_open_clip(state: State, wanted: Mapping[str, Tensor]) -> State:

@@ -76,7 +76,7 @@ def read_pickle(file: Path) -> Any:
             return _read_zip(stream) if zipped else _read_old(stream)
         except _Refused as error:
             raise ValueError(f"{file} {error}") from None
-        except Exception as error:              # what goes wrong is the choice of the file
+        except Exception as error:              # a hostile file decides which one is raised
             raise ValueError(damaged(file, error)) from error
 
 
@@ -84,7 +84,10 @@ def damaged(file: Path, error: Exception) -> str:
     """What to say of a file that cannot be read."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     size   = file.stat().st_size
-    return f"{file} ({size:,} bytes) is truncated or not what it should be ({reason}): download it again"
+    with file.open("rb") as stream:
+        pickled = file.suffix == ".safetensors" and stream.read(2) in (b"PK", b"\x80\x02")
+    remedy = "it looks like a pickle, so name it .ckpt" if pickled else "download it again"
+    return f"{file} ({size:,} bytes) is truncated or not what it should be ({reason}): {remedy}"
 
 
 class _Refused(Exception):

@@ -112,7 +112,7 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for file in files:
-        _refuse_lfs_pointer(file)
+        refuse_lfs_pointer(file)
         state |= _read_safetensors(file) if _is_safetensors(file) else _read_pickle(file)
     return state
 
@@ -124,7 +124,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     """
     if _is_safetensors(file):
         return read_tensors([file])
-    _refuse_lfs_pointer(file)
+    refuse_lfs_pointer(file)
     value = read_pickle(file)
     for _ in range(4):                              # not forever: a hostile file may be its own state_dict
         value = value.get("state_dict", value) if isinstance(value, dict) else {}
@@ -178,7 +178,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. FileNotFoundError, or ValueError if the file is damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. {_listing(path.parent)}")
-    _refuse_lfs_pointer(path)
+    refuse_lfs_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -193,7 +193,8 @@ def file_names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*") if path.is_file()}
 
 
-def _refuse_lfs_pointer(file: Path) -> None:
+def refuse_lfs_pointer(file: Path) -> None:
+    """ValueError: git-lfs left a note where the file should be."""
     with file.open("rb") as stream:
         if stream.read(24) == b"version https://git-lfs.":
             raise ValueError(f"{file} is not the file itself but a Git LFS pointer of {file.stat().st_size} "

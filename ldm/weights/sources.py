@@ -33,8 +33,8 @@ def open_source(name: str | Path, *, variant: str | None = None, revision: str |
     if path.is_file():
         _only_for_folders(path, variant=variant, revision=revision)
         file = open_file(path, prediction=prediction, ema=ema)
-        for part in ("unet", "text_encoder"):
-            if part not in file.parts:
+        for part in file.needed:
+            if part not in file.parts and part != "vae":                    # which may be another file
                 remedy = "read it with ldm.load_vae" if [*file.parts] == ["vae"] else "use a complete file"
                 raise ValueError(f"{path} looks like {file.kind}: it has no {part}, only "
                                  f"{', '.join(file.parts)}; {remedy}")
@@ -66,7 +66,8 @@ class Folder:
 
     @property
     def encoders(self) -> list[str]:
-        return [name for name in ENCODERS if self.index.get(name, [None, None]) != [None, None]]
+        index = self.index
+        return [name for name in ENCODERS if index.get(name, [None, None]) != [None, None]]
 
     def part(self, name: str) -> Part:
         return read_part(self.path / name, self.variant)
@@ -102,9 +103,16 @@ class File:
     def encoders(self) -> list[str]:
         return [name for name in ENCODERS if name in self.parts]
 
+    @property
+    def needed(self) -> list[str]:
+        """The parts of a whole model."""
+        two = "XL" in self.family.name and "refiner" not in self.family.name
+        return ["unet", "vae", *ENCODERS[:1 + two]]
+
     def part(self, name: str) -> Part:
         if name not in self.parts:
-            remedy = "give one with vae=" if name == "vae" else "use a complete file"
+            whole  = "unet" in self.parts
+            remedy = "give one with vae=" if name == "vae" and whole else "use a complete file"
             raise ValueError(f"{self.path} looks like {self.kind}: it has no {name}, only "
                              f"{', '.join(self.parts)}; {remedy}")
         state  = self.parts[name]
@@ -143,13 +151,15 @@ def open_vae(name: str | Path, *, variant: str | None = None, revision: str | No
              scaling_factor: float | None = None) -> Part:
     """The autoencoder of a name, with its config. Arguments and errors are those of `ldm.load_vae`."""
     path = Path(name).expanduser()
-    if not path.is_file():
-        return read_part(find_vae(name, variant=variant, revision=revision), variant)
-    _only_for_folders(path, variant=variant, revision=revision)
-    file = open_file(path)
-    part = file.part("vae")
-    known = "unet" in file.parts or part.config["_class_name"] == "AutoencoderTiny"
-    if scaling_factor is None or known:
+    if path.is_file():
+        _only_for_folders(path, variant=variant, revision=revision)
+        file  = open_file(path)
+        part  = file.part("vae")
+        known = "unet" in file.parts
+    else:
+        part  = read_part(find_vae(name, variant=variant, revision=revision), variant)
+        known = part.config.get("scaling_factor") is not None
+    if scaling_factor is None or known or part.config.get("_class_name") == "AutoencoderTiny":
         return part
     return part._replace(config={**part.config, "scaling_factor": scaling_factor})
 

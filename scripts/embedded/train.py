@@ -196,8 +196,8 @@ U-Net: in {arithmetic}, batches of {batch}, AdamW at {rate:g}, an exponential mo
 weights (these are the ones here); {clear:.0%} of the timesteps from the clearest two fifths alone and
 {noisy:.0%} of the others from the noisiest fifth alone; {dropped:.0%} of the captions empty; the noise
 with an offset of {offset:g} (`training.offset_noise`). Scenes of a single thing are drawn more often,
-below timestep {visible} those with something small, too (`emphasis`). Half of the scenes may have other
-shapes than the eight ({more}): for variety, nothing here measures how well they are drawn.
+below timestep {visible} those with something small or pointed, too (`emphasis`). Half of the scenes may have
+other shapes than the eight ({more}): for variety, nothing here measures how well they are drawn.
 {notes}
 ## Measured
 {measured}

@@ -17,7 +17,7 @@ from common import draw, native_bfloat16, once, pixels, run, save, sheet
 from torch import Tensor
 from train_text import tokens
 from transformers import CLIPTextModel, CLIPTokenizer
-from world import MORE_SHAPES, SHAPES, Scene, caption, forget, random_scene
+from world import MORE_SHAPES, SHAPES, Scene, Thing, caption, forget, random_scene
 
 from ldm import training
 from ldm.denoiser import Conditioning, Denoiser
@@ -32,6 +32,7 @@ INNER = UNetConfig(channels=(64, 128, 192), layers=1, depth=(1, 1, 1), heads=(4,
 EMA_DECAY = .998
 CLEAR = 400                     # the clearest two fifths of the timesteps are those below
 VISIBLE = 600                   # below this timestep the noise does not hide how large a thing is
+POINTED = {"star": 8., "cross": 2., "triangle": 2.}     # hard to draw: their weight, see `emphasis`
 DROPPED = .1                    # captions replaced by the empty one
 OFFSET = .15                    # of the noise; white latents have means of up to .12 at the last timestep
 SCENE_SEED = 20_000_000
@@ -82,10 +83,12 @@ def scene_latents(vae: VAE, out: Path, count: int, size: int, device: str) -> Te
 
 def emphasis(scene: Scene, visible: bool) -> float:
     """How often a scene is drawn, relative to others: a single thing twice as often, for pairs are more
-    frequent and yet soon learned. And once its sizes are visible, small things, which are few pixels of the
-    loss and hard to draw, those with thin arms most of all."""
-    small = {thing.shape for thing in scene.things if thing.size == "small" and visible}
-    return (3. - len(scene.things)) * (5. if small & {"star", "cross"} else 2. if small else 1.)
+    frequent and yet soon learned. And once its sizes are visible, small things twice as often, which are few
+    pixels of the loss, and things with points and arms as often as `POINTED` says; of two things, the harder
+    one decides."""
+    def difficulty(thing: Thing) -> float:
+        return POINTED.get(thing.shape, 1.) * (2. if thing.size == "small" else 1.)
+    return (3. - len(scene.things)) * (max(map(difficulty, scene.things)) if visible else 1.)
 
 
 def timesteps(count: int, noisy: float, clear: float, generator: torch.Generator) -> Tensor:

@@ -105,8 +105,8 @@ def window_of(picture: Tensor, corner: tuple[int, int], scale: int) -> Tensor:
 
 def polish(out: Path, steps: int, count: int, size: int, device: str) -> None:
     """Trains the decoder alone, on latents of the U-Net's first `count` training scenes, made wrong as the
-    U-Net's may be: with noise, and too strong or too weak, as guidance leaves them. Single and small things
-    are drawn more often, as for the U-Net.
+    U-Net's may be: with noise, and too strong or too weak, as guidance leaves them. Single, small and
+    pointed things are drawn more often, as for the U-Net.
 
     It begins with windows around things: most of a picture is background, which is soon right.
     """
