@@ -30,8 +30,8 @@ def check(pipeline: Any) -> None:
                              f"{expected!r}; make both the same, as load(…, prediction=…) does.")
     if pipeline.prediction == "epsilon" and pipeline.schedule.betas[-1] == 1:
         raise ValueError("The U-Net predicts 'epsilon', but the schedule ends in pure noise (an SNR of 0), "
-                         "where ε says nothing about the picture; such schedules are for 'v_prediction', "
-                         "as load(…, prediction='v_prediction') takes it.")
+                         "where ε says nothing about the picture; such schedules are for 'v_prediction': "
+                         "if it predicts v, load(…, prediction='v_prediction').")
     if isinstance(pipeline.unet, UNet) and isinstance(pipeline.vae, (VAE, TinyVAE)):
         here, there = (next(part.parameters()).device for part in (pipeline.unet, pipeline.vae))
         if here != there:

@@ -79,14 +79,15 @@ class Pipeline:
         """
         cond = self.text(prompts)
         context, vector = cond.context, cond.vector
-        config: Any = getattr(self.unet, "config", None)              # a network of one's own needs no config
+        config = getattr(self.unet, "config", None)                   # a network of one's own needs no config
+        wanted: int | None   = getattr(config, "vector_dim", None)
         features: int | None = getattr(config, "vector_time_dim", None)               # of each of the numbers
-        if vector is None or features is None or vector.shape[1] == config.vector_dim:
+        if vector is None or wanted is None or features is None or vector.shape[1] == wanted:
             return cond                                               # nothing is missing
         if negative and self.zero_empty:
             some = torch.tensor([[prompt != ""] for prompt in prompts], device=vector.device)         # (N, 1)
             context, vector = context * some[:, None], vector * some
-        count   = (config.vector_dim - vector.shape[1]) // features
+        count   = (wanted - vector.shape[1]) // features
         numbers = torch.tensor(sizes.numbers(height, width, count, negative=negative))
         told    = timestep_embedding(numbers, features).flatten().to(vector).expand(len(vector), -1)
         return replace(cond, context=context, vector=torch.cat([vector, told], dim=1))
@@ -135,8 +136,8 @@ class Pipeline:
             raise ValueError("No file says which states of the text encoder are read: `penultimate` must be "
                              "as `load` sets it, True for Stable Diffusion XL and False for others.")
 
-        config = {"_class_name": "DDIMScheduler", "clip_sample": False, **self.scheduler_config,
-                  "prediction_type": self.prediction}
+        config = {"_class_name": "DDIMScheduler",
+                  **(self.scheduler_config or {"clip_sample": False}), "prediction_type": self.prediction}
         if not np.array_equal(NoiseSchedule.from_hf(config).betas, self.schedule.betas):
             betas   = self.schedule.betas
             config |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": bool(betas[-1] == 1),
@@ -185,7 +186,8 @@ def load(name: str | Path | None = None, *, device: str | torch.device | None = 
         device:   default: CUDA, else MPS, else the CPU.
         dtype:    of U-Net, text encoder and autoencoder; default: float16 on CUDA, otherwise float32. An
                   autoencoder whose config says `force_upcast` stays in float32 where float16 is asked for.
-        variant:  such as "fp16": the files with that word in their names, where a component has them.
+        variant:  such as "fp16": the files with that word in their names, where a component has them (also
+                  that of `vae`).
         revision: branch, tag or commit on the hub.
         prediction: "epsilon", "v_prediction" or "sample", where the files are silent or wrong.
         ema:      of a checkpoint file with two U-Nets, take the one of running averages.
@@ -218,11 +220,14 @@ def load(name: str | Path | None = None, *, device: str | torch.device | None = 
     text = [ClipText(source.tokenizer(part),
                      weights.load_part(part, source.part(part), device=device, dtype=dtype), penultimate=xl)
             for part in source.encoders]
-    autoencoder = (_vae(source.part("vae"), device, dtype) if vae is None else
-                   load_vae(vae, device=device, dtype=dtype, scaling_factor=contracts.SCALES[xl],
-                            variant=None if Path(vae).expanduser().is_file() else variant))
+    if vae is None:
+        autoencoder = _vae(source.part("vae"), device, dtype)
+    elif Path(vae).expanduser().is_file():
+        autoencoder = load_vae(vae, device=device, dtype=dtype, scaling_factor=contracts.SCALES[xl])
+    else:
+        autoencoder = load_vae(vae, device=device, dtype=dtype, variant=variant)
 
-    if not xl:                  # diffusers' pipelines of 1.x and 2.x amend these fields of old files, too
+    if not xl:              # diffusers' pipelines of 1.x and 2.x amend these fields of old files, too
         scheduler_config = {**scheduler_config, "steps_offset": 1, "clip_sample": False}
 
     scheduler    = schedulers.default_name(scheduler_config)

@@ -179,11 +179,11 @@ def prepare(o: SimpleNamespace) -> Run:
         warnings.warn("guidance_scale=0 follows the negative prompt alone; no guidance, which the cards of "
                       "some models call 0.0, is 1 here.", stacklevel=3)
     if ((_guides_itself(pipe) or scale == 1)
-            and (any(negatives) or o.guidance_rescale or o.guidance_interval)):
+            and (any(negatives) or o.negative_sizes or o.guidance_rescale or o.guidance_interval)):
         why = (f"{pipe.name or 'The model'} was taught guidance away from the empty prompt"
                if _guides_itself(pipe) else "guidance_scale=1 is without guidance")
-        warnings.warn(f"{why}, so negative_prompt, guidance_rescale and guidance_interval have no effect.",
-                      stacklevel=3)
+        warnings.warn(f"{why}, so negative_prompt, negative_sizes, guidance_rescale and guidance_interval "
+                      f"have no effect.", stacklevel=3)
     row = schedulers.find(pipe.defaults.scheduler if o.scheduler is None else o.scheduler)
     return Run(o, pipe, refiner, row, scale, _sigmas(pipe, row, o.steps, o.spacing, o.sigmas, o.timesteps),
                prompts, negatives, seeds, _size(pipe, o.height, o.width))

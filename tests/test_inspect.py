@@ -177,7 +177,8 @@ def test_an_xl_without_its_second_text_encoder(tmp_path):
 def test_a_unet_for_another_task(tmp_path):
     folder = tiny.write(tmp_path / "8 channels", in_channels=8)
     assert ldm.inspect(folder).problems == ["unet has 8 input channels, for a task that ldm does not know"]
-    assert ldm.inspect(tiny.write(tmp_path / "9 channels", in_channels=9)).problems == []
+    for fine in ({"in_channels": 9}, {"in_channels": 16, "out_channels": 16}):
+        assert ldm.inspect(tiny.write(tmp_path / str(fine), **fine)).problems == []
 
 
 def test_a_folder_that_does_not_say_what_its_unet_predicts(tmp_path):

@@ -380,6 +380,15 @@ def test_a_repository_of_an_autoencoder(hub):
     assert hub.asked == []
 
 
+def test_an_autoencoder_without_the_variant_is_read_plain_offline_too(hub, monkeypatch):
+    hub.repositories["org/vae"] = repository(*VAE)
+    folder = find_vae("org/vae", variant="fp16")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert find_vae("org/vae", variant="fp16") == folder
+    with pytest.raises(ConnectionError, match="OfflineModeIsEnabled"):
+        find_vae("org/other", variant="fp16")
+
+
 def test_the_autoencoder_of_a_whole_model(hub):
     hub.repositories["org/model"] = repository(*SMALL, *PLAIN, *FP16)
     folder = find_vae("org/model")

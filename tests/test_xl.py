@@ -91,12 +91,15 @@ def test_the_numbers():
         sizes.numbers(64, 72, 4)
 
 
+@pytest.mark.filterwarnings("ignore:The autoencoder scales")          # a U-Net without a vector
 def test_a_vector_that_is_complete_stays_as_it_is(pipes):
     """Of precomputed embeddings, say."""
     pipe  = pipes["base"]
     whole = pipe.condition(["a cat"], 64, 64)
     again = replace(pipe, text=lambda prompts: whole).condition(["a cat"], 64, 64)
     assert again is whole
+    plain = UNet(replace(pipe.unet.config, vector_dim=None)).eval()                # which reads no vector
+    assert replace(pipe, unet=plain, text=lambda prompts: whole).condition(["a cat"], 64, 64) is whole
     other = UNet(replace(pipe.unet.config, vector_time_dim=None)).eval()           # a vector of one's own
     alone = replace(pipe, unet=other, text=lambda prompts: replace(whole, vector=torch.ones(len(prompts), 7)))
     with pytest.raises(ValueError, match=r"tensor \(N, 68\), not \(1, 7\)"):

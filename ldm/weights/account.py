@@ -134,8 +134,10 @@ def _fates(parts: Mapping[str, Part]) -> tuple[dict[tuple[str, str], str], list[
     fates: dict[tuple[str, str], str] = {}
     problems = []
     for name, part in parts.items():
-        if name == "unet" and (channels := part.config.get("in_channels")) not in (4, 9, None):
-            problems.append(f"unet has {channels} input channels, for a task that ldm does not know")
+        latent = part.config.get("out_channels", 4)
+        taken  = part.config.get("in_channels", latent)
+        if name == "unet" and taken not in (latent, 2 * latent + 1):
+            problems.append(f"unet has {taken} input channels, for a task that ldm does not know")
         try:
             build, rename = plan(name, part)
             _, wanted     = skeleton(build)

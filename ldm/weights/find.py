@@ -6,6 +6,7 @@ newer version comes with `hf download NAME`, or with `revision=`. One exception:
 cache lack the variant that is wanted, the Hub is asked whether it has them by now; a commit as `revision=`
 keeps the files as they are.
 """
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -37,10 +38,12 @@ def find(name: str | Path, *, revision: str | None = None, variant: str | None =
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for repositories on the Hub; {folder} is a folder")
-        single = [path for path in sorted(folder.iterdir()) if path.suffix in FILE_SUFFIXES]
-        if single and not (folder / "model_index.json").exists():
-            raise FileNotFoundError(f"{folder} has no model_index.json, so it is no pipeline in Hugging Face "
-                                    f"layout; to load a single file, give its path, such as {single[0]}")
+        if not (folder / "model_index.json").exists() and not (folder / "config.json").exists():
+            for name in sorted(file_names(folder)):
+                if name.endswith(FILE_SUFFIXES):
+                    raise FileNotFoundError(f"{folder} has no model_index.json, so it is no pipeline in "
+                                            f"Hugging Face layout; to load a single file, give its path, "
+                                            f"such as {folder / name}")
         index = read_json(folder / "model_index.json")
         if "unet" not in index:
             raise ValueError(f"{folder} is a {index.get('_class_name', 'pipeline')} without a U-Net; ldm "
@@ -73,7 +76,8 @@ def find_vae(name: str | Path, *, revision: str | None = None, variant: str | No
         return _with_config(folder)
     name   = _hub_id(name)
     cached = _in_cache(name, revision, ["vae/config.json", "config.json"])
-    if cached and (have := choose(file_names(_with_config(cached)), variant)) and have.variant == variant:
+    have   = choose(file_names(_with_config(cached)), variant) if cached else None
+    if cached and have and have.variant == variant:
         return _with_config(cached)
 
     def files(listing: Collection[str]) -> list[str]:
@@ -87,7 +91,12 @@ def find_vae(name: str | Path, *, revision: str | None = None, variant: str | No
                                     f"{', '.join(sorted(listing)[:12]) or 'nothing'}")
         return [part + file for file in ("config.json", weights.main, *weights.shards)]
 
-    return _with_config(_download(name, revision, files))
+    try:
+        return _with_config(_download(name, revision, files))
+    except OSError:
+        if cached and have:                                     # complete, if not in the variant
+            return _with_config(cached)
+        raise
 
 
 def wanted(name: str, listing: Collection[str], variant: str | None) -> list[str]:
@@ -191,7 +200,7 @@ def _hub_id(name: str | Path) -> str:
     path = Path(name).expanduser()
     if path.is_file():
         raise FileNotFoundError(f"{path} is a file, where a folder or the name of a repository is wanted")
-    if "://" in str(name):
+    if re.match(r"[a-z]{2,}:/", str(name)):
         raise FileNotFoundError(f"{name} is an address: give the name of the repository, "
                                 '"organisation/model", or download the file and give its path')
     try:
