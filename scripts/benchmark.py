@@ -1,7 +1,7 @@
 """How fast, in how much memory, and how far from what the machine could do: ldm beside diffusers.
 
     python scripts/benchmark.py --quick          on a CPU, minutes: one step, one decode, memory, a cold start
-    python scripts/benchmark.py                  half an hour: more rounds; changes, loading, scaling too
+    python scripts/benchmark.py                  40 minutes: more rounds; compiler, changes, loading, scaling
     python scripts/benchmark.py --part loading   one part or several, into the JSON that is there
     python scripts/benchmark.py --part original --original stable-diffusion      beside the code of CompVis
     python scripts/benchmark.py --device cuda    on a GPU: whole pictures of SD 1.5 and SDXL, batches, memory
@@ -272,6 +272,19 @@ def one_step(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: 
         return {name: lambda network=network: network(*inputs) for name, network in networks.items()}
     return row(f"SD 1.5, 512², one guided step{of(dtype)}",
                turns(clock, calls(512), rounds, calls(256 if quick else 512)), flops=flops, peak_flops=peak)
+
+
+def compiled_step(clock: Clock, dtype: torch.dtype, rounds: int, peak: float, flops: float,
+                  _: bool) -> dict[str, Any]:
+    """What torch.compile makes of both on a CPU, beside what they are without; it compiles in the warm-up."""
+    ours, theirs = unets("SD 1.5", clock.device, dtype)
+    whole    = stand_in("SD 1.5", ours, nn.ModuleDict({"decoder": nn.Linear(1, 1)}))
+    inputs   = unet_inputs("SD 1.5", 1, clock.device, dtype)[:3]
+    networks = {"diffusers": theirs, "diffusers compiled": torch.compile(theirs, fullgraph=True),
+                "ldm.fast": optimized(ours), "ldm.fast compiled": fast.optimize(whole, compile=True).unet}
+    return row(f"SD 1.5, 512², one guided step beside torch.compile{of(dtype)}",
+               turns(clock, {name: lambda network=network: network(*inputs)
+                             for name, network in networks.items()}, rounds), flops=flops, peak_flops=peak)
 
 
 def original_step(clock: Clock, rounds: int, peak: float, flops: float, folder: Path) -> dict[str, Any]:
@@ -831,6 +844,7 @@ def parts(args: argparse.Namespace, clock: Clock, result: dict[str, Any]) -> dic
     return {"step":    lambda: ("rows", on_a_cpu(one_step, clock, rounds["step"], rate, step, quick)),
             **common,
             "decode":  lambda: ("rows", on_a_cpu(one_decode, clock, rounds["decode"], rate, decode, quick)),
+            "compiled": lambda: ("rows", on_a_cpu(compiled_step, clock, 4, rate, step, quick)),
             "changes": lambda: ("changes", changes(clock, 9)),
             "loading": lambda: ("rows", loading(args.folder, 3)),
             **({"original": lambda: ("rows", [original_step(clock, 6, peak, step, args.original)])}
@@ -842,8 +856,8 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--part", nargs="+", metavar="NAME", help=(
-        "step, decode, memory, scaling, cold, changes, loading; on a GPU pictures-1, pictures-4, pictures-16 "
-        "and pictures-xl instead of step, changes and loading"))
+        "step, decode, memory, scaling, cold, compiled, changes, loading; on a GPU pictures-1, pictures-4, "
+        "pictures-16 and pictures-xl instead of step, compiled, changes and loading"))
     parser.add_argument("--original", type=Path, metavar="FOLDER", help=(
         "with the code of CompVis/stable-diffusion: measures the part `original` too"))
     parser.add_argument("--peak", nargs=3, metavar=("CONTESTANT", "FAMILY", "BATCH"), help=(

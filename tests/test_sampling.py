@@ -266,7 +266,7 @@ def test_the_usual_start_with_leading_spacing_is_not_warned_of(pipe, steps, sche
 
 
 @pytest.mark.parametrize("option", [{"negative_prompt": "bad"}, {"guidance_rescale": 0.5},
-                                    {"guidance_interval": (1, 5)}])
+                                    {"guidance_interval": (1, 5)}, {"negative_sizes": ldm.Sizes()}])
 def test_what_needs_guidance_is_warned_of_where_there_is_none(pipe, option):
     with pytest.warns(UserWarning, match="guidance_scale=1 is without guidance, so negative_prompt") as seen:
         pixels("a cat", pipe, guidance_scale=1, **option)
