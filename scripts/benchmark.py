@@ -1,7 +1,7 @@
 """How fast, in how much memory, and how far from what the machine could do: ldm beside diffusers.
 
     python scripts/benchmark.py --quick          on a CPU, minutes: one step, one decode, memory, a cold start
-    python scripts/benchmark.py                  40 minutes: more rounds; compiler, changes, loading, scaling
+    python scripts/benchmark.py                  half an hour: compiler, changes, loading, scaling, too
     python scripts/benchmark.py --part loading   one part or several, into the JSON that is there
     python scripts/benchmark.py --part original --original stable-diffusion      beside the code of CompVis
     python scripts/benchmark.py --device cuda    on a GPU: whole pictures of SD 1.5 and SDXL, batches, memory

@@ -41,8 +41,8 @@ def optimize(pipeline: Pipeline, *, compile: bool = False) -> Pipeline:
     copy the weights of convolutions; the old ones are freed with the old pipeline.
 
     compile: put U-Net and decoder through torch.compile too; on the CPU instead of `packed`, `channels_last`
-             and `unfused`, which was slower where it was measured. It takes minutes at the first call, and
-             again for each new size; it needs a C++ compiler, and Triton on CUDA.
+             and `unfused`, and slower than these where it was measured. It takes minutes at the first call,
+             and again for each new size; it needs a C++ compiler, and Triton on CUDA.
     """
     unet, vae = pipeline.unet, pipeline.vae
     if not isinstance(unet, UNet):

@@ -135,7 +135,7 @@ def _fates(parts: Mapping[str, Part]) -> tuple[dict[tuple[str, str], str], list[
     problems = []
     for name, part in parts.items():
         latent = part.config.get("out_channels", 4)
-        taken  = part.config.get("in_channels", latent)
+        taken  = part.config.get("in_channels") or latent
         if name == "unet" and taken not in (latent, 2 * latent + 1):
             problems.append(f"unet has {taken} input channels, for a task that ldm does not know")
         try:
