@@ -114,21 +114,13 @@ def test_what_was_changed_is_saved(tmp_path):
     assert np.allclose(scheduler.betas, pipe.schedule.betas, rtol=1e-6)
 
 
-def test_a_schedule_that_ends_in_pure_noise_is_saved_as_diffusers_reads_it(tmp_path):
+@pytest.mark.parametrize("schedule", [ldm.NoiseSchedule.scaled_linear().zero_terminal_snr(),
+                                      ldm.NoiseSchedule.scaled_linear(steps=500),
+                                      ldm.NoiseSchedule.scaled_linear(steps=1500)],
+                         ids=["ends in pure noise", "500 times", "1500 times"])
+def test_another_schedule_is_saved_as_diffusers_reads_it(tmp_path, schedule):
     pipe = ldm.load(tiny.write(tmp_path / "a", prediction="v_prediction"), device="cpu")
-    pipe = replace(pipe, schedule=ldm.NoiseSchedule.scaled_linear().zero_terminal_snr())
-    pipe.save(tmp_path / "b")
-    same_model(pipe, ldm.load(tmp_path / "b", device="cpu"))
-    theirs = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "b/scheduler",
-                                                              timestep_spacing="trailing")
-    theirs.set_timesteps(5)
-    assert np.allclose(theirs.sigmas, pipe.schedule.sigmas(5, "trailing"), rtol=1e-4)
-
-
-@pytest.mark.parametrize("times", [500, 1500])
-def test_a_schedule_of_another_length_is_saved_as_diffusers_reads_it(tmp_path, times):
-    pipe = ldm.load(tiny.write(tmp_path / "a"), device="cpu")
-    pipe = replace(pipe, schedule=ldm.NoiseSchedule.scaled_linear(steps=times))
+    pipe = replace(pipe, schedule=schedule)
     pipe.save(tmp_path / "b")
     same_model(pipe, ldm.load(tmp_path / "b", device="cpu"))
     theirs = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "b/scheduler",
